@@ -1,0 +1,1 @@
+"""Fast attention and feed-forwards for any Hugging Face Transformer."""

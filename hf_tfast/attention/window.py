@@ -1,0 +1,52 @@
+"""Window: a query reads its neighbours and the first tokens of the row.
+
+    o_i = sum_j p_ij v_j,   p_i = softmax over {j : allowed(i, j)} of (q_i . k_j) * scale
+    causal          allowed(i, j) = j <= i and (i - j < window or j < sinks)
+    bidirectional   allowed(i, j) = |i - j| <= window or j < sinks or i < sinks
+
+Shapes   q [b h i d]   k [b g j d]   v [b g j e]   ->   o [b h i e]
+Cost     O(i (window + sinks) (d + e)) time, O(i + j) memory
+Exact    fast == reference up to rounding, forward and backward.
+Source   Beltagy et al., "Longformer", section 3.1, https://arxiv.org/abs/2004.05150; sinks: Xiao et al., "Efficient
+         Streaming Language Models with Attention Sinks", section 3.2, https://arxiv.org/abs/2309.17453
+Padding  exact, left, right and packed: the sinks are the first valid tokens of each document.
+Causal   yes
+Differs  sinks keep the position they were written with; in an encoder they also read everything, as Longformer's global
+         tokens do, but with the same projections.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..backends.score import Score
+from ._base import Mask, Mechanism, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(Mechanism):
+    """`window` keys (itself and window - 1 before; without causality `window` on each side) and the first `sinks`."""
+
+    name: ClassVar[str] = "window"
+    small: ClassVar[dict[str, Any]] = {"window": 8, "sinks": 2}
+
+    window: int = 512
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        whole("window", self.window, 1)
+        whole("sinks", self.sinks, 0)
+
+    def allowed(self, choice: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, causal: bool = False) -> Tensor:
+        near = i - j < self.window if causal else (i - j).abs() <= self.window
+        return near | (j < self.sinks) | (i < self.sinks)
+
+    def fast(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
+    ) -> Tensor:
+        return self.reference(q, k, v, mask, score)
+
+    def full(self, length: int) -> "Window":
+        return replace(self, window=max(length, 1))

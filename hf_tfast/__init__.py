@@ -1,1 +1,32 @@
-"""Fast attention and feed-forwards for any Hugging Face Transformer."""
+"""Fast attention and feed-forwards for any Hugging Face Transformer, kept through save, reload and push.
+
+Importing adds names to Transformers' registries and changes nothing that exists. Everything below loads on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "hf_tfast.attention": ("Mask", "Score", "attend", "mechanisms"),
+    "hf_tfast.attention.dense": ("Dense",),
+    "hf_tfast.attention.graph": ("Graph",),
+    "hf_tfast.attention.random": ("Random",),
+    "hf_tfast.attention.window": ("Window",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_tfast' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -16,11 +16,13 @@ Differs  sinks keep the position they were written with; in an encoder they also
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..backends.blocks import Layout, attend_tiles
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
 
@@ -40,13 +42,24 @@ class Window(Mechanism):
         whole("sinks", self.sinks, 0)
 
     def allowed(self, choice: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, causal: bool = False) -> Tensor:
-        near = i - j < self.window if causal else (i - j).abs() <= self.window
-        return near | (j < self.sinks) | (i < self.sinks)
+        return self.near(i, j, causal) | (j < self.sinks) | (i < self.sinks)
+
+    def near(self, i: Tensor, j: Tensor, causal: bool) -> Tensor:
+        """The band around the diagonal."""
+        return i - j < self.window if causal else (i - j).abs() <= self.window
 
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
-        return self.reference(q, k, v, mask, score)
+        layout = Layout(
+            near=partial(self.near, causal=mask.causal),
+            before=self.window - 1 if mask.causal else self.window,
+            after=0 if mask.causal else self.window,
+            sinks=self.sinks,
+            open_sinks=not mask.causal,
+            causal=mask.causal,
+        )
+        return attend_tiles(q, k, v, layout, score, start=int(mask.start), kept=int(mask.kept))
 
     def full(self, length: int) -> "Window":
         return replace(self, window=max(length, 1))

@@ -1,0 +1,351 @@
+"""The geometry of tiles: which queries go together, which keys they read, where their results go.
+
+A tile is a run of queries that read one common set of keys. Most tiles of a band see the same mask and a run of keys at
+a fixed offset: many of them are one batched matmul over an overlapping view of the keys, without a copy (`Band`). Tiles
+near the borders slice their keys (`Edge`), tiles with listed blocks gather them (`Listed`).
+
+Axes   b batch, h query heads, g key/value heads, i queries, j keys, n tiles, c queries in a tile, w keys of a tile,
+       u query heads that share the keys of a tile, m = u c rows of a tile, so that grouped heads need no copies of keys.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .score import Score
+
+ROWS = 2048  # rows (n * m) of one batched matmul: its scores should fit the second-level cache of a core
+ABSENT = 1 << 40  # a block number behind every real one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The keys that queries read: a band around the diagonal, the first keys, and listed blocks.
+
+    near        (i, j) -> bool: the band, a function of i - j alone, on positions. None: there is no band.
+    before      how many keys before its own the band reaches; `after`: how many behind.
+    sinks       every query reads the first `sinks` keys; with `open_sinks` these queries also read every key.
+    lists       [h or 1, query blocks, most] int64: the blocks of `block` keys that each block of `block` queries reads
+                beside the band, -1 where there are fewer. None: there are none.
+    causal      no key after the query's own position is read, whatever the above says.
+    """
+
+    near: Callable[[Tensor, Tensor], Tensor] | None
+    before: int = 0
+    after: int = 0
+    sinks: int = 0
+    open_sinks: bool = False
+    lists: Tensor | None = None
+    block: int = 64
+    causal: bool = True
+
+    def hidden(self, i: Tensor, j: Tensor, listed: Tensor | None = None) -> Tensor:
+        """Pairs of positions that are not read; `listed`: the ones that lists add."""
+        seen = j < self.sinks
+        for more in (self.near(i, j) if self.near else None, listed, i < self.sinks if self.open_sinks else None):
+            seen = seen if more is None else seen | more
+        return ~(seen & (j <= i)) if self.causal else ~seen.expand(torch.broadcast_shapes(i.shape, j.shape))
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile: more make larger matmuls, and more pairs outside the band."""
+        return self.block if self.lists is not None else 64 if self.before + self.after < 512 else 128
+
+
+class Call:
+    """What the tiles of one call share: q [b h i d], k [b g j d]; see `attend_tiles` for start and kept."""
+
+    def __init__(self, q: Tensor, k: Tensor, layout: Layout, score: Score, start: int, kept: int) -> None:
+        self.b, self.h, self.i, self.d = q.shape
+        self.g, self.j = k.shape[1:3]
+        self.dtype, self.device = q.dtype, q.device
+        self.layout, self.score, self.start = layout, score, start
+        self.kept = kept if start else 0  # the band may not reach across the gap by index
+        self.groups = self.h // self.g
+        self.offset = self.j - self.i
+
+    def positions(self, index: Tensor) -> Tensor:
+        """Positions of key indices."""
+        return torch.where(index < self.kept, index, index + self.start) if self.start else index
+
+    def tiles(self) -> Iterator["Tile"]:
+        """Every query in exactly one tile."""
+        lay, query = self.layout, 0
+        if lay.open_sinks and self.offset < lay.sinks and self.i:
+            query = min(self.i, lay.sinks - self.offset)
+            yield Edge(self, slice(0, query), slice(0, self.j))
+        yield from self._band(query) if lay.lists is None else self._listed(lay.lists, query)
+
+    def _band(self, query: int) -> Iterator["Tile"]:
+        lay, c = self.layout, self.layout.queries
+        ready = max(self.kept, lay.sinks) + lay.before - self.offset  # from here on neither border nor sinks are met
+        inner = max((self.i - lay.after - max(query, ready)) // c, 0)
+        while query < self.i:
+            if inner and query >= ready:
+                most = max(1, ROWS // (c * self.groups))
+                shared = BandMask(self, c, most)
+                for row in range(self.b * self.g):
+                    for tile in range(0, inner, most):
+                        yield Band(self, divmod(row, self.g), query + tile * c, min(most, inner - tile), shared)
+                query, inner = query + inner * c, 0
+                continue
+            stop = min(query + c, self.i, ready if inner else self.i)
+            low = max(self.kept, query + self.offset - lay.before)
+            yield Edge(self, slice(query, stop), slice(low, min(self.j, stop + self.offset + lay.after)))
+            query = stop
+
+    def _listed(self, lists: Tensor, query: int) -> Iterator["Tile"]:
+        table, c = Table(self, lists.to(self.device)), self.layout.block
+        units = self.g if len(lists) == 1 else self.h  # tiles are shared by the heads that share lists and keys
+        cuts = [query, *range(-(-(query + self.offset + 1) // c) * c - self.offset, self.i, c), self.i]
+        for unit in range(units):
+            for b in range(self.b):
+                n = 0
+                while n < len(cuts) - 1:
+                    size = cuts[n + 1] - cuts[n]
+                    many = table.chunk((cuts[n] + self.offset) // c, unit) if size == c else 1
+                    many = min(many, max(1, (self.i - cuts[n]) // c)) if size == c else 1
+                    if size:
+                        yield Listed(self, table, (b, unit), slice(cuts[n], cuts[n] + many * size), many)
+                    n += many
+
+
+class Tile:
+    """Some tiles at once. `heads`, `batch`, `i`, `j` broadcast to the shape that `split` gives."""
+
+    call: Call
+    heads: Tensor
+    batch: Tensor
+    i: Tensor
+    j: Tensor
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[b h i d] -> [n m d]"""
+        raise NotImplementedError
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[b g j d] -> [n w d]"""
+        raise NotImplementedError
+
+    def first(self, x: Tensor) -> Tensor | None:
+        """[b g j d] -> [sinks d], the first keys where they are read beside `keys`; a view."""
+        return None
+
+    def put(self, total: Tensor, tile: Tensor) -> None:
+        """Write [n m e] to its place in [b h i e]."""
+        raise NotImplementedError
+
+    def add(self, total: Tensor, tile: Tensor) -> None:
+        """Add [n w d] to its places in [b g j d]; tiles overlap."""
+        raise NotImplementedError
+
+    def split(self, x: Tensor) -> Tensor:
+        """[n m w] as a view in which heads, queries and keys are axes of their own: [.. u c w]."""
+        raise NotImplementedError
+
+    def hide(self, s: Tensor) -> None:
+        """Set the scores [n m w] of pairs that are not read to -inf, in place."""
+        raise NotImplementedError
+
+    def zero(self, p: Tensor) -> None:
+        """Set the weights [n m w] of rows that read nothing to zero, in place; needed where such rows exist."""
+
+
+class Edge(Tile):
+    """One tile, all batch rows and heads at once: a slice of keys, and the first ones before it."""
+
+    def __init__(self, call: Call, rows: slice, keys: slice) -> None:
+        self.call, self.rows = call, rows
+        firsts = min(call.kept if call.start else call.layout.sinks, keys.start)
+        self.parts = [keys] if not firsts else [slice(0, keys.stop)] if firsts == keys.start else [slice(0, firsts), keys]
+        slots = torch.arange(call.j, device=call.device)
+        self.i = call.positions(slots[rows.start + call.offset : rows.stop + call.offset])[:, None]
+        self.j = call.positions(torch.cat([slots[part] for part in self.parts]))
+        self.heads = torch.arange(call.h, device=call.device).view(1, call.g, call.groups, 1, 1)
+        self.batch = torch.arange(call.b, device=call.device).view(-1, 1, 1, 1, 1)
+        self.hidden = call.layout.hidden(self.i, self.j)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x[:, :, self.rows].reshape(self.call.b * self.call.g, -1, x.shape[-1])
+
+    def keys(self, x: Tensor) -> Tensor:
+        parts = [x[:, :, part] for part in self.parts]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).reshape(-1, len(self.j), x.shape[-1])
+
+    def put(self, total: Tensor, tile: Tensor) -> None:
+        total[:, :, self.rows] = tile.view(self.call.b, self.call.h, -1, tile.shape[-1])
+
+    def add(self, total: Tensor, tile: Tensor) -> None:
+        pieces = tile.view(self.call.b, self.call.g, -1, tile.shape[-1]).split([p.stop - p.start for p in self.parts], 2)
+        for part, piece in zip(self.parts, pieces, strict=True):
+            total[:, :, part] += piece
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(self.call.b, self.call.g, self.call.groups, -1, x.shape[-1])
+
+    def hide(self, s: Tensor) -> None:
+        self.split(s).masked_fill_(self.hidden, float("-inf"))
+
+
+class Band(Tile):
+    """n tiles of one batch row and key head, away from the borders: one overlapping view of the keys."""
+
+    def __init__(self, call: Call, at: tuple[int, int], query: int, n: int, shared: "BandMask") -> None:
+        self.call, self.at, self.n, self.shared = call, at, n, shared
+        self.c = call.layout.queries
+        self.rows = slice(query, query + n * self.c)
+        self.low = query + call.offset - call.layout.before
+        self.w = call.layout.before + self.c + call.layout.after
+        self.heads = shared.heads + at[1] * call.groups
+        self.batch = torch.tensor(at[0], device=call.device)
+
+    @property
+    def i(self) -> Tensor:  # type: ignore[override]
+        return self.shared.i[: self.n] + (self.low + self.call.start)
+
+    @property
+    def j(self) -> Tensor:  # type: ignore[override]
+        return self.shared.j[: self.n] + (self.low + self.call.start)
+
+    def _place(self, x: Tensor) -> Tensor:
+        """[b h i d] -> [n u c d], a view."""
+        b, g = self.at
+        mine = x[b, g * self.call.groups : (g + 1) * self.call.groups, self.rows]
+        return mine.unflatten(1, (self.n, self.c)).transpose(0, 1)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._place(x).reshape(self.n, -1, x.shape[-1])
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self._run(x[self.at], 0, self.w)
+
+    def _run(self, row: Tensor, skip: int, width: int) -> Tensor:
+        """[j d] -> [n width d]: from key `skip` of every tile on, an overlapping view."""
+        d = row.shape[-1]
+        return row.as_strided((self.n, width, d), (self.c * d, d, 1), row.storage_offset() + (self.low + skip) * d)
+
+    def first(self, x: Tensor) -> Tensor | None:
+        return x[self.at][: self.call.layout.sinks] if self.call.layout.sinks else None
+
+    def put(self, total: Tensor, tile: Tensor) -> None:
+        self._place(total).copy_(self.split(tile))
+
+    def add(self, total: Tensor, tile: Tensor) -> None:
+        row = total[self.at]
+        for skip in range(0, self.w, self.c):  # c keys of every tile at a time do not overlap
+            width = min(self.c, self.w - skip)
+            self._run(row, skip, width).add_(tile[:, skip : skip + width])
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(self.n, self.call.groups, self.c, x.shape[-1])
+
+    def hide(self, s: Tensor) -> None:
+        for columns, bias in self.shared.bias:
+            self.split(s)[..., columns].add_(bias)
+
+
+class BandMask:
+    """What all inner tiles of a band have in common: mask and positions, counted from the first key of a tile."""
+
+    def __init__(self, call: Call, c: int, most: int) -> None:
+        before, w = call.layout.before, call.layout.before + c + call.layout.after
+        tile = torch.arange(most, device=call.device).view(-1, 1, 1, 1) * c
+        self.i = tile + torch.arange(c, device=call.device).view(-1, 1) + before
+        self.j = tile + torch.arange(w, device=call.device)
+        self.heads = torch.arange(call.groups, device=call.device).view(-1, 1, 1)
+        far = call.layout.sinks  # inner tiles lie behind the sinks: move the positions there too
+        hidden = call.layout.hidden(self.i[0, 0] + far, self.j[0, 0] + far)
+        self.bias: list[tuple[slice, Tensor]] = []
+        columns = hidden.any(0).nonzero().flatten().tolist()  # only columns that hide something are touched
+        while columns:
+            run = next((n for n, column in enumerate(columns) if column != columns[0] + n), len(columns))
+            where = slice(columns[0], columns[0] + run)
+            bias = torch.zeros(c, run, dtype=call.dtype, device=call.device)
+            self.bias.append((where, bias.masked_fill_(hidden[:, where], float("-inf"))))
+            columns = columns[run:]
+
+
+class Table:
+    """[heads, query blocks, most] key blocks per query block: band, first keys and lists together, each block once."""
+
+    def __init__(self, call: Call, lists: Tensor) -> None:
+        lay, size = call.layout, call.layout.block
+        count = -(-call.j // size)
+        if call.start:
+            raise ValueError("listed blocks need all keys in the cache, but a sliding cache has dropped some")
+        if lists.shape[1] < count:
+            raise ValueError(f"the lists cover {lists.shape[1] * size} positions, but there are {call.j} keys")
+        a = torch.arange(count, device=call.device)
+        band = a[:0].expand(count, 0)
+        if lay.near:
+            low = ((a * size - lay.before).div(size, rounding_mode="floor")).clamp_min(0)
+            high = ((a + 1) * size - 1 + lay.after).div(size, rounding_mode="floor").clamp_max(count - 1)
+            band = low[:, None] + torch.arange((lay.before + lay.after) // size + 2, device=call.device)
+            band = band.masked_fill(band > high[:, None], ABSENT)
+        firsts = torch.arange(-(-lay.sinks // size), device=call.device).expand(count, -1)
+        near = torch.cat([band, firsts], -1).expand(len(lists), -1, -1)
+        listed = lists[:, :count].masked_fill((lists[:, :count] < 0) | (lists[:, :count] >= count), ABSENT)
+        both = torch.cat([listed * 2, near * 2 + 1], -1)  # a block in both is listed: it is read whole
+        if lay.causal:
+            both = both.masked_fill(both // 2 > a[:, None], ABSENT * 2)
+        both = both.sort(-1).values
+        again = torch.zeros_like(both, dtype=torch.bool)
+        again[..., 1:] = both[..., 1:] // 2 == both[..., :-1] // 2
+        both = both.masked_fill(again, ABSENT * 2).sort(-1).values
+        self.blocks, self.listed = both // 2, both % 2 == 0
+        self.most = (self.blocks < ABSENT).sum(-1).tolist()
+
+    def chunk(self, block: int, unit: int) -> int:
+        """How many query blocks from `block` on go together: about ROWS rows, of similar numbers of key blocks."""
+        counts = self.most[unit if len(self.most) > 1 else 0][block : block + 32]
+        return next((n for n, most in enumerate(counts) if most > 2 * counts[0] + 2), len(counts)) or 1
+
+
+class Listed(Tile):
+    """n tiles of one batch row that gather their own blocks of keys: one query head, or all that share lists and keys."""
+
+    def __init__(self, call: Call, table: Table, at: tuple[int, int], rows: slice, n: int) -> None:
+        self.call, self.rows, self.n = call, rows, n
+        self.c, size, shared = (rows.stop - rows.start) // n, call.layout.block, len(table.blocks) == 1
+        b, unit = at
+        self.at = (b, unit if shared else unit // call.groups)
+        self.head = slice(unit * call.groups, (unit + 1) * call.groups) if shared else slice(unit, unit + 1)
+        tile = (rows.start + call.offset) // size
+        lists = slice(tile, tile + n)
+        most = max(1, *table.most[0 if shared else unit][lists])
+        blocks = table.blocks[0 if shared else unit, lists, :most]  # [n most]
+        inside = torch.arange(size, device=call.device)
+        keys = blocks[..., None] * size + inside  # [n most size]
+        self.index = keys.clamp_max(call.j - 1).flatten(1)  # [n w]
+        self.i = torch.arange(rows.start, rows.stop, device=call.device).view(n, 1, self.c, 1) + call.offset
+        self.j = keys.flatten(1)[:, None, None]
+        self.heads = torch.arange(self.head.start, self.head.stop, device=call.device).view(-1, 1, 1)
+        self.batch = torch.tensor(b, device=call.device)
+        listed = table.listed[0 if shared else unit, lists, :most, None].expand(-1, -1, size).flatten(1)[:, None, None]
+        self.hidden = call.layout.hidden(self.i, self.j, listed) | (self.j >= call.j)
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x[self.at[0], self.head, self.rows].unflatten(1, (self.n, self.c)).transpose(0, 1)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._place(x).reshape(self.n, -1, x.shape[-1])
+
+    def keys(self, x: Tensor) -> Tensor:
+        return x[self.at].index_select(0, self.index.flatten()).view(*self.index.shape, -1)
+
+    def put(self, total: Tensor, tile: Tensor) -> None:
+        self._place(total).copy_(self.split(tile))
+
+    def add(self, total: Tensor, tile: Tensor) -> None:
+        total[self.at].index_add_(0, self.index.flatten(), tile.flatten(0, 1).to(total.dtype))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(self.n, -1, self.c, x.shape[-1])
+
+    def hide(self, s: Tensor) -> None:
+        self.split(s).masked_fill_(self.hidden, float("-inf"))
+
+    def zero(self, p: Tensor) -> None:
+        self.split(p).masked_fill_(self.hidden, 0.0)

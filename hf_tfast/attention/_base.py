@@ -84,7 +84,7 @@ class Mechanism:
         pairs = self.allowed(choice, rows, heads, at[j - i :, None], at, causal=mask.causal)
         if mask.causal:
             pairs = pairs & (at <= at[j - i :, None])
-        return softmax_attention(q, k, v, pairs, score, int(mask.start))
+        return softmax_attention(q, k, v, pairs, score, at)
 
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None

@@ -52,18 +52,22 @@ class Score:
         return keep(self.dropout, self.seed, b, h + self.first_head, i, j)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, score: Score, start: int = 0) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, score: Score, at: Tensor | None = None
+) -> Tensor:
     """Softmax attention over the pairs where `allowed` is true: the definition the other paths are held to.
 
     q [b h i d], k [b g j d], v [b g j e], allowed bool broadcastable to [b h i j] or None for all -> [b h i e], in the
-    dtype of v. Computed in at least fp32. A query that may read nothing reads zeros. Query t has position
-    start + j - i + t; `start` only matters for dropout, whose draws are by position. O(i j) time and memory.
+    dtype of v. Computed in at least fp32. A query that may read nothing reads zeros. `at` [j] are the positions of the
+    keys, None for 0 to j - 1: dropout, whose draws are by position, needs them. O(i j) time and memory.
     """
     (b, h, i, d), (g, j) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).reshape(b, g, h // g * i, d)  # the queries that share a key head, one matmul, keys not repeated
     scores = (grouped @ k.to(wide).mT).reshape(b, h, i, j) * score.factor(d)
     scores = score.cap(scores)
+    if bias is not None:
+        scores = scores + bias.to(wide)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     top = scores.amax(-1, keepdim=True) if j else scores.new_full((b, h, i, 1), float("-inf"))
@@ -76,7 +80,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, s
         total = total + (score.sinks.to(wide)[:, None, None] - top).exp()
     weights = weights / total.where(total > 0, 1.0)
     if score.dropout:
-        at = lambda n, *shape: torch.arange(n, device=q.device).view(shape)  # noqa: E731
-        kept = score.keep(at(b, -1, 1, 1, 1), at(h, -1, 1, 1), at(i, -1, 1) + start + j - i, at(j, -1) + start)
+        upto = lambda n, *shape: torch.arange(n, device=q.device).view(shape)  # noqa: E731
+        at = upto(j, -1) if at is None else at
+        kept = score.keep(upto(b, -1, 1, 1, 1), upto(h, -1, 1, 1), at[j - i :, None], at)
         weights = weights * kept / (1.0 - score.dropout)
     return (weights.reshape(b, g, h // g * i, j) @ v.to(wide)).reshape(b, h, i, v.shape[-1]).to(v.dtype)

@@ -14,6 +14,7 @@ _HOMES = {
     "hf_tfast.attention.graph": ("Graph",),
     "hf_tfast.attention.random": ("Random",),
     "hf_tfast.attention.window": ("Window",),
+    "hf_tfast.positions": ("extend_positions",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

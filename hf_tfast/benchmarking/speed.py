@@ -1,0 +1,230 @@
+"""Times competitors against each other: in one process, in turns, as medians with quartiles, under a time budget.
+
+Turns      Every round runs each competitor once, starting with another one each time, so that a machine that slows
+           down or warms up does so for all of them.
+Repeats    A sample repeats a short call until it lasts `SAMPLE` seconds; the time is that of one call.
+Warm-up    The first call measures peak memory and is not timed, unless it takes over a second: then it is the first
+           sample, since nothing that needs warming up takes that long.
+Budget     `seconds` for one competitor in one case. Before a case is run, its time and memory are forecast from
+           shorter lengths; what would not fit is skipped, and the record says so. Wide gaps are crossed
+           in steps, one call each, for the same reason.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from .memory import Peak, available_memory, peak_memory
+from .workload import Case, Competitor, Inputs, TooLarge, make_inputs, workload
+
+SAMPLE = 0.03  # seconds: far above the clock's resolution and above a scheduler's time slice
+NO_WARM_UP = 1.0  # seconds
+APPROACH = (256, 1024, 4096, 16384, 65536, 262144)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One competitor in one case. `skipped` says why there are no figures, else it is None."""
+
+    label: str
+    mechanism: dict[str, Any] | None
+    case: Case
+    samples: tuple[float, ...] = ()  # seconds of one call, in the order they were taken
+    repeats: int = 0
+    peak: Peak | None = None
+    speedup: float | None = None  # median of SDPA in the same case over this median; above 1 is faster
+    skipped: str | None = None
+
+    @property
+    def median(self) -> float:
+        return median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third; with fewer than three samples the extremes."""
+        if len(self.samples) < 3:
+            return min(self.samples), max(self.samples)
+        first, _, third = quantiles(self.samples, n=4, method="inclusive")
+        return first, third
+
+    def record(self) -> dict[str, Any]:
+        """The JSON line."""
+        line: dict[str, Any] = {
+            "kind": "timing",
+            "label": self.label,
+            "mechanism": self.mechanism,
+            **asdict(self.case),
+        }
+        if self.skipped is not None:
+            return {**line, "skipped": self.skipped}
+        first, third = self.quartiles
+        line |= {"seconds": self.median, "quartiles": [first, third], "samples": list(self.samples)}
+        line |= {"repeats": self.repeats, "speedup": self.speedup}
+        return {**line, "peak_bytes": self.peak and self.peak.bytes, "peak_method": self.peak and self.peak.method}
+
+
+@dataclass
+class Forecast:
+    """Time and memory of one competitor at a longer length, from what shorter ones took."""
+
+    seen: list[tuple[int, float, float]] = field(default_factory=list)  # length, seconds, bytes
+
+    @property
+    def longest(self) -> int:
+        return self.seen[-1][0] if self.seen else 0
+
+    def add(self, length: int, seconds: float, size: int) -> None:
+        self.seen = sorted([*(entry for entry in self.seen if entry[0] != length), (length, seconds, float(size))])
+
+    def at(self, length: int) -> tuple[float, float] | None:
+        """(seconds, bytes) of one call, or None when nothing is known.
+
+        Growth lies between linear and quadratic. For time it is what the last two lengths show; for memory it is taken
+        as quadratic, because running out of it ends the process.
+        """
+        if not self.seen:
+            return None
+        last, seconds, size = self.seen[-1]
+        growth = max(length / last, 1.0)
+        power = 2.0
+        if len(self.seen) > 1:
+            before, earlier, _ = self.seen[-2]
+            power = min(max(math.log(seconds / earlier) / math.log(last / before), 1.0), 2.0)
+        return seconds * growth**power, size * growth**2
+
+
+def measure(
+    cases: Iterable[Case],
+    competitors: Sequence[Competitor],
+    *,
+    rounds: int = 7,
+    seconds: float = 5.0,
+    report: Callable[[str], None] = lambda text: None,
+) -> Iterator[Timing]:
+    """Yield a Timing of every competitor in every case, shorter cases first so that longer ones can be forecast.
+
+    rounds   samples of a competitor at most; fewer when `seconds`, the budget of one competitor in one case, runs out.
+    report   is told in words what is running.
+    """
+    if rounds < 1 or seconds <= 0:
+        raise ValueError(f"rounds must be at least 1 and seconds above 0, got {rounds} and {seconds}")
+    forecasts: dict[tuple[Case, str], Forecast] = {}
+    for case in sorted(cases, key=lambda case: case.length):
+        kind = replace(case, length=2**62, left_padding=min(case.left_padding, 1))
+        mine = {who.label: forecasts.setdefault((kind, who.label), Forecast()) for who in competitors}
+        for who in competitors:
+            for length in _steps(mine[who.label].longest, case):
+                report(f"approaching {describe(case)}: {who.label} at {length}")
+                _try(replace(case, length=length), who, mine[who.label], seconds, None)
+        report(describe(case))
+        yield from _race(case, competitors, mine, rounds, seconds)
+
+
+def _steps(longest: int, case: Case) -> list[int]:
+    """Lengths between the longest one seen and the case's, so that a forecast never reaches over a factor of eight."""
+    return [length for length in APPROACH if max(2 * longest, case.left_padding + 1) <= length <= case.length // 2]
+
+
+def describe(case: Case) -> str:
+    """The case in words, without what is at its default."""
+    words = [f"L={case.length}", case.dtype, case.passes, "causal" if case.causal else "bidirectional"]
+    for name, value in asdict(case).items():
+        if name not in ("length", "dtype", "passes", "causal") and value != getattr(Case, name):
+            words.append(f"{name}={value}")
+    return " ".join(words)
+
+
+@dataclass
+class _Runner:
+    """One competitor on its way through a case."""
+
+    who: Competitor
+    call: Callable[[], Any]
+    repeats: int
+    allowed: int
+    peak: Peak
+    samples: list[float]
+
+
+def _race(
+    case: Case, competitors: Sequence[Competitor], forecasts: dict[str, Forecast], rounds: int, seconds: float
+) -> list[Timing]:
+    inputs = make_inputs(case)
+    entered = {who.label: _try(case, who, forecasts[who.label], seconds, inputs, rounds) for who in competitors}
+    runners = [entry for entry in entered.values() if isinstance(entry, _Runner)]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for runner in runners[turn % max(len(runners), 1) :] + runners[: turn % max(len(runners), 1)]:
+                if len(runner.samples) < runner.allowed:
+                    runner.samples.append(_sample(runner.call, runner.repeats, case.device))
+    finally:
+        if collecting:
+            gc.enable()
+    for runner in runners:
+        forecasts[runner.who.label].add(case.length, median(runner.samples), runner.peak.bytes)
+    baseline = next((median(runner.samples) for runner in runners if runner.who.is_baseline), None)
+    return [_timing(case, who, entered[who.label], baseline) for who in competitors]
+
+
+def _try(
+    case: Case, who: Competitor, forecast: Forecast, seconds: float, inputs: Inputs | None, rounds: int = 1
+) -> "_Runner | str":
+    """The first call of a competitor: a runner ready for its turns, or the reason why it takes none."""
+    expected = forecast.at(case.length)
+    if expected is not None:
+        free = available_memory(case.device)
+        if expected[0] > seconds:
+            return f"one call would take about {expected[0]:.0f} s, over the budget of {seconds:g} s"
+        if expected[1] > 0.8 * free:
+            return f"one call might take {expected[1] / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+    try:
+        call = workload(case, who, make_inputs(case) if inputs is None else inputs)
+        if expected is None:  # the first call of all also loads libraries and starts threads
+            call()
+        took: list[float] = []
+        peak = peak_memory(lambda: took.append(_sample(call, 1, case.device)), case.device)
+        single = took[0]
+        if single < NO_WARM_UP:
+            single = _sample(call, 1, case.device)
+    except TooLarge as error:
+        return str(error)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU allocator raises a plain one
+        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+            raise
+        return f"out of memory: {str(error).splitlines()[0]}"
+    forecast.add(case.length, single, peak.bytes)
+    repeats = max(1, math.ceil(SAMPLE / single))
+    allowed = min(rounds, max(1, int(seconds / (single * repeats))))
+    return _Runner(who, call, repeats, allowed, peak, [single] if single >= NO_WARM_UP else [])
+
+
+def _sample(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """Seconds of one call, over `repeats` in a row."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def _timing(case: Case, who: Competitor, entry: "_Runner | str", baseline: float | None) -> Timing:
+    form = None if who.mechanism is None else who.mechanism.to_dict()
+    if isinstance(entry, str):
+        return Timing(label=who.label, mechanism=form, case=case, skipped=entry)
+    speedup = None if baseline is None else baseline / median(entry.samples)
+    return Timing(
+        label=who.label, mechanism=form, case=case, samples=tuple(entry.samples), repeats=entry.repeats,
+        peak=entry.peak, speedup=speedup,
+    )  # fmt: skip

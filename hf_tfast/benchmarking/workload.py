@@ -1,0 +1,157 @@
+"""What is timed: one attention call of a given size, by SDPA or by a mechanism, on the same tensors.
+
+kernel   q [b h l d], k and v [b g l d] are given; the call is attention alone.
+module   x [b l h*d] is given; the call projects it to q, k and v, attends and projects back, as a model's layer does.
+forward  without gradient. both: forward and backward to everything that a model would train (module: x and weights).
+
+With left padding the baseline "SDPA" is causal SDPA that ignores the padding: its numbers are wrong, but no SDPA call
+is faster, so a speed-up against it is a lower bound. "SDPA masked" is the call that is right: a dense mask, made
+beforehand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from ..attention import Mask, Mechanism, attend
+from .memory import available_memory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+PASSES = ("forward", "both")
+LEVELS = ("kernel", "module")
+
+
+class TooLarge(Exception):
+    """A case that would not fit; the message says how much it needs and how much there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The size of one attention call. ValueError for what does not make sense."""
+
+    length: int = 1024
+    dtype: str = "fp32"
+    passes: str = "forward"
+    causal: bool = True
+    heads: int = 8
+    kv_heads: int = 8
+    width: int = 64
+    batch: int = 1
+    level: str = "kernel"
+    left_padding: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("passes", PASSES), ("level", LEVELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("length", "heads", "kv_heads", "width", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+        if not 0 <= self.left_padding < self.length:
+            raise ValueError(f"left padding must leave tokens: {self.left_padding} of {self.length}")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} was asked for, but torch sees no CUDA device; take --device cpu")
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """Who runs: a mechanism, or SDPA where there is none. `masked` SDPA is given the padding as a dense mask."""
+
+    label: str
+    mechanism: Mechanism | None = None
+    masked: bool = False
+    backend: str = "auto"
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.mechanism is None and not self.masked
+
+
+SDPA = Competitor("SDPA")
+SDPA_MASKED = Competitor("SDPA masked", masked=True)
+
+
+def label(mechanism: Mechanism) -> str:
+    """Class and the fields that differ from their defaults: Window(window=256)."""
+    said = [f"{f.name}={getattr(mechanism, f.name)!r}" for f in fields(mechanism)  # type: ignore[arg-type]
+            if getattr(mechanism, f.name) != f.default]  # fmt: skip
+    text = f"{type(mechanism).__name__}({', '.join(said)})" if said else type(mechanism).__name__
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case, shared by its competitors. `gradient` is that of the output."""
+
+    tensors: tuple[Tensor, ...]
+    gradient: Tensor
+    valid: Tensor | None
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Standard normal activations, weights of a linear layer's usual size; the same for equal case and seed."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, inner, outer = DTYPES[case.dtype], case.kv_heads * case.width, case.heads * case.width
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        x = (torch.randn(*shape, generator=generator) * scale).to(case.device, dtype)
+        return x.requires_grad_(case.passes == "both")
+
+    if case.level == "kernel":
+        shapes = [(case.batch, heads, case.length, case.width) for heads in (case.heads, case.kv_heads, case.kv_heads)]
+        tensors, out = tuple(draw(*shape) for shape in shapes), shapes[0]
+    else:
+        out = (case.batch, case.length, outer)  # type: ignore[assignment]
+        weights = [(outer, outer), (inner, outer), (inner, outer), (outer, outer)]
+        tensors = (draw(*out), *(draw(*shape, scale=outer**-0.5) for shape in weights))
+    gradient = torch.randn(*out, generator=generator).to(case.device, dtype)
+    valid = None
+    if case.left_padding:
+        valid = torch.ones(case.batch, case.length, dtype=torch.bool, device=case.device)
+        valid[:, : case.left_padding] = False
+    return Inputs(tensors, gradient, valid)
+
+
+def workload(case: Case, who: Competitor, inputs: Inputs) -> Callable[[], Any]:
+    """The call to time. TooLarge where a dense mask would not fit into memory."""
+    core = _core(case, who, inputs.valid)
+
+    def forward() -> Tensor:
+        if case.level == "kernel":
+            return core(*inputs.tensors)
+        x, w_q, w_k, w_v, w_o = inputs.tensors
+        split = lambda w: linear(x, w).unflatten(-1, (-1, case.width)).transpose(1, 2)  # noqa: E731
+        return linear(core(split(w_q), split(w_k), split(w_v)).transpose(1, 2).flatten(2), w_o)
+
+    def forward_only() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), inputs.tensors, inputs.gradient)
+
+    return both if case.passes == "both" else forward_only
+
+
+def _core(case: Case, who: Competitor, valid: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if who.mechanism is not None:
+        mechanism, mask = who.mechanism, Mask(causal=case.causal, valid=valid)
+        return lambda q, k, v: attend(q, k, v, mechanism, mask, backend=who.backend)
+    grouped = case.heads != case.kv_heads
+    if not who.masked or valid is None:
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=grouped)
+    needed, free = case.batch * case.length**2, available_memory(case.device)
+    if needed > free // 8:  # the kernel makes a floating copy of a boolean mask, and more in the backward pass
+        raise TooLarge(
+            f"a dense mask takes {needed / 2**30:.1f} GiB before it is copied, {free / 2**30:.1f} GiB are free"
+        )
+    dense = valid[:, None, None, :].expand(-1, 1, case.length, -1)
+    dense = dense.tril() if case.causal else dense.clone()
+    return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=grouped)

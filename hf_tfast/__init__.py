@@ -6,6 +6,8 @@ Importing adds names to Transformers' registries and changes nothing that exists
 from importlib import import_module
 from typing import Any
 
+from .integration import register
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -14,6 +16,9 @@ _HOMES = {
     "hf_tfast.attention.graph": ("Graph",),
     "hf_tfast.attention.random": ("Random",),
     "hf_tfast.attention.window": ("Window",),
+    "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),
+    "hf_tfast.integration.plan": ("FastPlan",),
+    "hf_tfast.integration.report": ("attention_report",),
     "hf_tfast.positions": ("extend_positions",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -31,3 +36,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+register()

@@ -53,13 +53,20 @@ class Score:
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, score: Score, at: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    score: Score,
+    at: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the pairs where `allowed` is true: the definition the other paths are held to.
 
     q [b h i d], k [b g j d], v [b g j e], allowed bool broadcastable to [b h i j] or None for all -> [b h i e], in the
     dtype of v. Computed in at least fp32. A query that may read nothing reads zeros. `at` [j] are the positions of the
-    keys, None for 0 to j - 1: dropout, whose draws are by position, needs them. O(i j) time and memory.
+    keys, None for 0 to j - 1: dropout, whose draws are by position, needs them. `bias`, broadcastable to [b h i j], is
+    added to the capped scores. O(i j) time and memory.
     """
     (b, h, i, d), (g, j) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)

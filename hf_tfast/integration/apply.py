@@ -1,0 +1,250 @@
+"""apply_plan and remove_plan: put a plan on a live model and take it off. Weights are never touched."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..attention import Mechanism
+from ..attention.dense import Dense
+from ._modules import Found, Survey, parts_of, survey
+from ._positions_check import guard_positions, unguard_positions
+from ._stamps import Stamp, last_run, set_stamp, stamp_of, stamped_modules
+from .interface import NAME
+from .plan import FastPlan, SavedFastPlan
+
+__all__ = ["apply_plan", "remove_plan"]
+
+logger = logging.get_logger(__name__)
+
+
+def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
+    """Make a loaded model run the plan, in place, and return it; `save_pretrained` then saves the plan too.
+
+    ValueError, with nothing changed, where a planned layer does not exist, where an attention module that the plan means
+    does not go through Transformers' interface, for a model that already has a plan or another quantisation, and for one
+    that is sharded, offloaded or on meta.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"expected a Transformers model, got {type(model).__name__}; unwrap it first")
+    if not isinstance(plan, FastPlan):
+        raise ValueError(f"expected a FastPlan, got {plan!r}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the model already has a plan or quantisation ({model.config.quantization_config!r}); "
+            "call remove_plan(model) first, or start from the dense checkpoint"
+        )
+    _check_whole(model)
+    implementation = stamp_model(model, plan, dense=_implementation(model.config))
+    from .quantizer import FastQuantizer  # the quantiser applies plans itself
+
+    attach(model, FastQuantizer(saved(plan), pre_quantized=True), implementation)
+    return model
+
+
+def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
+    """Take a plan off, in place, and return the model: dense again, and a plain checkpoint once saved."""
+    if not isinstance(getattr(model.config, "quantization_config", None), FastPlan):
+        raise ValueError(f"this {type(model).__name__} has no plan to remove")
+    dense = next((stamp.dense for _, stamp in stamped_modules(model)), "sdpa")
+    for module, _ in stamped_modules(model):
+        set_stamp(module, None)
+        _remove_hook(module)
+    unguard_positions(model)
+    for owner in _owners(model):
+        if owner.config._attn_implementation == NAME:
+            owner.config._attn_implementation = {"": dense}
+    del model.config.quantization_config
+    for holder, name in (
+        (model.config, "attn_implementation"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if name in vars(holder):
+            delattr(holder, name)
+    return model
+
+
+def stamp_model(
+    model: PreTrainedModel, plan: FastPlan, dense: str = "sdpa", active: bool = True
+) -> str | dict[str, Any]:
+    """Stamp every attention module and return what config.json must say about the implementation.
+
+    `active` False: stamps only, the implementation that was asked for keeps running.
+    """
+    found = survey(model)
+    planned = _planned_stacks(found, plan)
+    _check_layers(found, plan, planned)
+    for stack in planned:
+        if found.outside.get(stack) and _asks_for_more(found, plan, stack, planned):
+            listed = "\n  ".join(found.outside[stack][:4])
+            raise ValueError(
+                f"{type(model).__name__} has attention that a plan cannot reach; it would stay dense silently:\n  {listed}"
+            )
+    if not any(f.kind == "self" and f.stack in planned for f in found.found):
+        raise ValueError(f"{type(model).__name__} has no self-attention that goes through Transformers' interface")
+    if dense not in ("sdpa", "eager"):
+        raise ValueError(f"dense layers of a plan run 'sdpa' or 'eager', got attn_implementation={dense!r}")
+    for f in found.found:
+        mechanism = _mechanism(plan, f, planned)
+        stamp = Stamp(path=f.path, stack=f.stack, layer=f.layer, kind=f.kind, mechanism=mechanism, dense=dense)
+        set_stamp(f.module, stamp)
+        if f.stack in planned and active:
+            f.module.register_forward_hook(_was_called)
+    guard_positions(model)
+    configs = [owner.config for owner in _owners(model, [f.path for f in found.found if f.stack in planned])]
+    if active:
+        for config in configs:
+            config._attn_implementation = {"": NAME}
+    return _saved_implementation(model.config, {id(config) for config in configs})
+
+
+def attach(model: PreTrainedModel, quantizer: Any, implementation: str | dict[str, Any]) -> None:
+    """Let the model carry its plan: saved with it, but not pretending that its weights hold integers."""
+    model.config.quantization_config = quantizer.quantization_config
+    model.config.attn_implementation = implementation
+    model.hf_quantizer = quantizer
+    model.quantization_method = "tfast"
+    model.is_quantized = False
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
+def saved(plan: FastPlan) -> SavedFastPlan:
+    return plan if isinstance(plan, SavedFastPlan) else FastPlan.from_dict(plan.to_dict())
+
+
+def _saved_implementation(config: PreTrainedConfig, planned: set[int]) -> str | dict[str, Any]:
+    """The name, or a dict that names the sub-configs that run it: Transformers reads either from config.json."""
+    subs = {}
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(sub := getattr(config, name, None), PreTrainedConfig):
+            subs[name] = _saved_implementation(sub, planned)
+    subs = {name: value for name, value in subs.items() if value}
+    if id(config) in planned:
+        return {"": NAME, **subs} if getattr(config, "sub_configs", {}) else NAME
+    return subs
+
+
+def _planned_stacks(found: Survey, plan: FastPlan) -> list[str]:
+    """The stacks that the plan speaks of. Unnamed: the text, or both stacks of an encoder-decoder, or all there is."""
+    meant = [stack for stack in found.stacks if "text" in stack.split(".")]
+    if not meant:
+        meant = [stack for stack in found.stacks if stack not in found.vision] or found.stacks
+    planned = []
+    for layers in plan.ranges:
+        if layers.stack is None:
+            if len(meant) > 1:
+                raise ValueError(
+                    f"this model has the stacks {', '.join(meant)}: say which, {meant[0]}.{layers.text} for instance"
+                )
+            planned += meant
+        else:
+            planned.append(_stack_named(layers.stack, found, meant))
+    return list(dict.fromkeys(planned)) if plan.ranges else meant
+
+
+def _stack_named(name: str, found: Survey, meant: list[str]) -> str:
+    plain = name.removesuffix("_config")
+    if plain in found.stacks:
+        return plain
+    if plain == "text" and len(meant) == 1:
+        return meant[0]
+    raise ValueError(f"the plan names the stack {name!r}, but the model has {', '.join(found.stacks)}")
+
+
+def _names(stack: str, planned: list[str]) -> Iterable[str | None]:
+    """What a plan may call this stack."""
+    yield from (stack, f"{stack}_config")
+    if len(planned) == 1 or "text" in stack.split("."):
+        yield from (None, "text", "text_config")
+
+
+def _mechanism(plan: FastPlan, f: Found, planned: list[str]) -> Mechanism:
+    if f.kind == "cross" or f.stack not in planned:
+        return Dense()
+    return plan.mechanism(f.layer, _names(f.stack, planned))
+
+
+def _check_layers(found: Survey, plan: FastPlan, planned: list[str]) -> None:
+    """Every range must name a layer that exists, up to its written end."""
+    for layers in plan.ranges:
+        for stack in planned:
+            if layers.stack not in tuple(_names(stack, planned)):
+                continue
+            have = found.layers(stack)
+            if not any(layer in layers for layer in have) or (layers.last or 0) > max(have):
+                span = f"{have[0]} to {have[-1]}" if have else "none"
+                raise ValueError(
+                    f"the plan names layers {layers.text!r}, but {stack} has self-attention in layers {span}"
+                )
+
+
+def _asks_for_more(found: Survey, plan: FastPlan, stack: str, planned: list[str]) -> bool:
+    """Are there layers outside the interface that the plan means? Not when every range names a layer inside it."""
+    have = found.layers(stack)
+    if not have or not plan.ranges:
+        return True
+    mine = [layers for layers in plan.ranges if layers.stack in tuple(_names(stack, planned))]
+    return not all(
+        layers.last is not None and all(n in have for n in range(layers.first, layers.last + 1)) for layers in mine
+    )
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    remedy = (
+        "convert in one process (apply_plan, then save_pretrained), and load the saved folder sharded or offloaded"
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device or offloaded: {remedy}")
+        if (
+            hasattr(parameter, "ds_id")
+            or type(parameter.data).__name__ == "DTensor"
+            or hasattr(parameter, "_fsdp_flattened")
+        ):
+            raise ValueError(f"{name} is sharded over processes: {remedy}")
+    for path, module in model.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(f"{path or 'the model'} is offloaded: {remedy}")
+
+
+def _implementation(config: PreTrainedConfig) -> str:
+    """What the model runs now, for the layers that stay dense."""
+    values = {part._attn_implementation for _, part in parts_of(config)} - {None, NAME}
+    chosen = config.get_text_config()._attn_implementation if len(values) > 1 else next(iter(values), "sdpa")
+    return "sdpa" if chosen is None or chosen.startswith(f"{NAME}") else chosen
+
+
+def _owners(model: PreTrainedModel, paths: list[str] | None = None) -> list[PreTrainedModel]:
+    """The models inside a model; with `paths`, only the innermost ones around these modules. Configs are met once."""
+    owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    if paths is None:
+        return list(owners.values())
+    inner = {max((o for o in owners if o == "" or path.startswith(f"{o}.")), key=len) for path in paths}
+    return [owners[path] for path in sorted(inner)]
+
+
+def _was_called(module: nn.Module, args: Any, output: Any) -> None:
+    """After a module's first forward: the dispatcher must have run, or the module would be dense silently."""
+    if torch.compiler.is_compiling():
+        return
+    stamp = stamp_of(module)
+    if stamp is not None and last_run(module) is None:
+        config = getattr(module, "config", None)
+        if config is None or config._attn_implementation == NAME:
+            raise ValueError(
+                f"{stamp.path} ({type(module).__name__}) ran without asking Transformers' attention interface: the plan "
+                "had no effect on it. This model cannot run an attention plan"
+            )
+    _remove_hook(module)
+
+
+def _remove_hook(module: nn.Module) -> None:
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is _was_called:
+            del module._forward_hooks[key]

@@ -1,0 +1,76 @@
+"""The plug-in that makes Transformers carry a plan: applied while loading, saved in config.json, read back by AutoModel.
+
+A model whose weights hold no integers does not pretend to be quantised: `is_quantized` is False after loading.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
+
+from ._modules import parts_of
+from .apply import attach, saved, stamp_model
+from .interface import NAME
+from .plan import FastPlan
+
+__all__ = ["FastQuantizer", "register_plan"]
+
+logger = logging.get_logger(__name__)
+
+
+class FastQuantizer(HfQuantizer):
+    """Applies a FastPlan in from_pretrained. `pre_quantized`: the checkpoint has the plan already."""
+
+    quantization_config: FastPlan
+
+    def __init__(self, quantization_config: FastPlan, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.asked: str | None = None  # attn_implementation, where the user named another one
+        self.implementation: str | dict[str, Any] = NAME  # what config.json says about it
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Seen before the model is built: what did the user ask for?"""
+        if getattr(config, "output_attentions", False):
+            raise ValueError("output_attentions=True cannot be honoured by a plan: attention weights are never formed")
+        asked = {part._attn_implementation for _, part in parts_of(config)} - {None, NAME}
+        text = config.get_text_config()._attn_implementation if len(asked) > 1 else None
+        self.asked = text if len(asked) > 1 else next(iter(asked), None)
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        overruled = self.pre_quantized and self.asked is not None
+        dense = self.asked if self.asked in ("sdpa", "eager") or not overruled else "sdpa"
+        self.implementation = stamp_model(model, self.quantization_config, dense=dense or "sdpa", active=not overruled)
+        if overruled:
+            logger.warning(
+                f"attn_implementation={self.asked!r} was asked for and overrules the checkpoint's plan in this process; "
+                "the saved plan stays as it is"
+            )
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.quantization_config = saved(self.quantization_config)
+        attach(model, self, self.implementation)
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register_plan() -> None:
+    """Add the quantisation method `tfast` to Transformers' tables."""
+    register_quantization_config("tfast")(FastPlan)
+    register_quantizer("tfast")(FastQuantizer)

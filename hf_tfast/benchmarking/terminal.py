@@ -37,7 +37,7 @@ def show_catalogue(entries: Sequence[dict[str, Any]]) -> None:
 
 def show_timings(records: Sequence[dict[str, Any]], folder: Path) -> None:
     """Tables of a benchmark run, its targets, and where it was written."""
-    from .environment import describe
+    from .environment import busy, describe
     from .table import terminal_tables
 
     console = Console()
@@ -47,6 +47,8 @@ def show_timings(records: Sequence[dict[str, Any]], folder: Path) -> None:
     if targets := [r for r in records if r["kind"] == "target"]:
         console.print(target_table(targets))
     console.print(f"Machine: {describe(records[0])}", highlight=False, style="dim")
+    if warning := busy(records[0]):
+        console.print(warning, style="bold red", highlight=False)
     console.print(f"Written to {folder}", highlight=False)
 
 

@@ -56,6 +56,8 @@ def _row(run: Run, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, mask: Mas
     kept = int((documents[: _of_row(mask.kept, b)] != 0).sum())
     pieces = _pieces(documents, i)
     numbers = [piece.document for piece in pieces if piece.document]
+    if len(set(numbers)) > 1 and _of_row(mask.start, b):
+        raise ValueError("a cache that has dropped keys cannot hold packed documents: it is not known whose they were")
     order = None
     if len(numbers) != len(set(numbers)):  # holes or interleaved documents: sorting makes each document one run
         order = documents.argsort(stable=True)

@@ -3,7 +3,7 @@
 A generator's stream depends on how much was drawn before, so recomputing a block in backward, another batch layout or
 another rank would draw something else. A hash of (seed, head, position) does not. The integer finaliser is the
 two-round multiply-xorshift form of Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", section 5,
-cut to 32 bits.
+cut to 32 bits, with the multipliers that Wellons found by search ("Prospecting for Hash Functions", 2018).
 """
 
 import torch
@@ -47,4 +47,4 @@ def keep(dropout: float, seed: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) 
     x = draw(seed, b, h, i) ^ draw(seed + 1, j)
     x = (x ^ _shift(x, 15)) * _ODD[1]
     x = x ^ _shift(x, 16)
-    return x >= round(dropout * 2**32) - 2**31
+    return x >= min(round(dropout * 2**32) - 2**31, 2**31 - 1)  # a bound beyond int32 would keep everything

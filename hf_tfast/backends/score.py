@@ -34,7 +34,7 @@ class Score:
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.softcap is not None and self.softcap <= 0:
+        if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive, got {self.softcap}; None switches it off")
 
     def factor(self, width: int) -> float:
@@ -70,7 +70,9 @@ def softmax_attention(
     """
     (b, h, i, d), (g, j) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(wide).reshape(b, g, h // g * i, d)  # the queries that share a key head, one matmul, keys not repeated
+    grouped = q.to(wide).reshape(
+        b, g, h // g * i, d
+    )  # the queries that share a key head, one matmul, keys not repeated
     scores = (grouped @ k.to(wide).mT).reshape(b, h, i, j) * score.factor(d)
     scores = score.cap(scores)
     if bias is not None:

@@ -14,6 +14,7 @@ _HOMES = {
     "hf_tfast.attention": ("Mask", "Score", "attend", "mechanisms"),
     "hf_tfast.attention.dense": ("Dense",),
     "hf_tfast.attention.graph": ("Graph",),
+    "hf_tfast.attention.quantized": ("Quantized",),
     "hf_tfast.attention.random": ("Random",),
     "hf_tfast.attention.window": ("Window",),
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),

@@ -55,8 +55,8 @@ def _tables(scheme: str, bits: int, dtype: torch.dtype, device: torch.device) ->
 def encode(x: Tensor, scheme: str, bits: int) -> tuple[Tensor, Tensor]:
     """x [.. d] -> codes [.. d] int8 and scales [.. 1] in at least fp32: the nearest level of every number.
 
-    No gradient. A token of zeros has scale 1. NaN and infinities have no code: ValueError is left to who reads x, since
-    a check here would wait for the device.
+    No gradient. A token of zeros has scale 1. NaN and infinities have no code, and are not looked for: a check
+    would wait for the device.
     """
     with torch.no_grad():
         x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -27,17 +27,17 @@ class Rows:
     """What the strips of one call share.
 
     causal    query t reads keys up to j - i + t only.
-    start     position of key 0; it only matters for dropout, whose draws are by position.
+    at        [j] positions of the keys, None for 0 to j - 1: dropout, whose draws are by position, needs them.
     chosen    None, or [b h i n] int64: the keys that each query reads, -1 for none.
-    products  None, or (first, stop, keys) -> [b h c n] of q . k, unscaled: a cheaper way to the same numbers that q and
-              k give, from codes; the gradient is that of q k^T.
-    weights   None, or the dtype that weights are rounded to before they meet the values; gradients pass straight through.
-    sums      None, or the dtype that the sum over keys is rounded to after every `block` keys; straight through too.
+    products  None, or (first, stop, keys) -> [b g m n] of q . k, unscaled: a cheaper way to the same numbers that q
+              and k give, from codes; the gradient is that of q k^T.
+    weights   None, or the dtype that weights are rounded to before they meet the values; gradients pass through.
+    sums      None, or the dtype that the sum over keys is rounded to after every `block` keys; gradients pass too.
     """
 
     causal: bool
     score: Score
-    start: int = 0
+    at: Tensor | None = None
     chosen: Tensor | None = None
     products: Multiply | None = None
     weights: torch.dtype | None = None
@@ -55,16 +55,32 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
 def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x rounded to the numbers of `dtype`, kept in its own dtype; the gradient passes straight through."""
-    if dtype is None or torch.promote_types(x.dtype, dtype) == dtype:
-        return x
-    with torch.no_grad():
-        step = x.to(dtype).to(x.dtype) - x
-    return x + step
+    return x if dtype is None or holds(dtype, x.dtype) else straight_through(x, x.detach().to(dtype).to(x.dtype))
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Does `dtype` hold every number of `other`?"""
+    return torch.promote_types(dtype, other) == dtype
+
+
+def straight_through(x: Tensor, y: Tensor) -> Tensor:
+    """y in value, x in gradient: rounding, whose own gradient is zero almost everywhere, counts as the identity."""
+    return _Straight.apply(x, y)
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
+        return do, None
 
 
 def product(weights: Tensor, v: Tensor, sums: torch.dtype | None, block: int) -> Tensor:
     """weights [.. m n] times v [.. n e], the running sum rounded to `sums` after every `block` keys."""
-    if sums is None or torch.promote_types(weights.dtype, sums) == sums:
+    if sums is None or holds(sums, weights.dtype):
         return weights @ v
     total = weights.new_zeros(*weights.shape[:-1], v.shape[-1])
     for n in range(0, v.shape[-2], block):
@@ -108,8 +124,9 @@ class _Strip:
         if self.score.dropout:
             heads = torch.arange(h, device=q.device).view(-1, 1, 1)
             batch = torch.arange(b, device=q.device).view(-1, 1, 1, 1)
-            kept = self.score.keep(batch, heads, i_at + rows.start, at[: self.keys] + rows.start)
-            self.kept = kept / (1.0 - self.score.dropout)
+            at = at if rows.at is None else rows.at
+            kept = self.score.keep(batch, heads, at[j - i + first : j - i + stop, None], at[: self.keys])
+            self.kept = kept.to(s.dtype) / (1.0 - self.score.dropout)
 
     def weights(self) -> Tensor:
         """[b h c n] what multiplies the values."""

@@ -88,7 +88,8 @@ def masked_attention(
     (b, h, i, _), j = q.shape, k.shape[2]
     if given.ndim != 4 or given.shape[2] not in (1, i) or given.shape[3] < j or given.shape[0] not in (1, b):
         raise ValueError(
-            f"expected a dense mask [{b} or 1, {h} or 1, {i}, {j}] (batch, heads, queries, keys), got {tuple(given.shape)}"
+            f"expected a dense mask [{b} or 1, {h} or 1, {i}, {j}] (batch, heads, queries, keys), "
+            f"got {tuple(given.shape)}"
         )
     if type(mechanism).choose is not Mechanism.choose:
         raise ValueError(
@@ -96,8 +97,8 @@ def masked_attention(
             "[batch, length], or plan a static pattern such as Window"
         )
     logger.warning_once(
-        f"a dense 4-D attention mask was given: it is honoured exactly, at dense cost (O(queries x keys) time and memory, "
-        f"here {i} x {j} per head), in every layer that it reaches. A 2-D mask [batch, length] keeps the plan fast."
+        "a dense 4-D attention mask was given: it is honoured exactly, at dense cost (O(queries x keys) time and "
+        f"memory, here {i} x {j} per head), in every layer that it reaches. A 2-D mask [batch, length] stays fast."
     )
     given = given[..., :j]
     bias = None

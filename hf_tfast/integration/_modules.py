@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -45,7 +46,7 @@ class Survey:
 
 
 @cache
-def _sources(cls: type[nn.Module]) -> tuple[str, ...]:
+def _sources(cls: Any) -> tuple[str, ...]:
     """Source texts of the class and of the classes it inherits from, up to nn.Module."""
     texts = []
     for base in cls.__mro__:
@@ -58,19 +59,17 @@ def _sources(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-@cache
-def through_interface(cls: type[nn.Module]) -> bool:
+def through_interface(cls: Any) -> bool:
     """Does this class fetch its attention function from Transformers' interface? Read from its own source."""
     return any(_INTERFACE in text for text in _sources(cls))
 
 
-@cache
-def _adds_position_bias(cls: type[nn.Module]) -> bool:
+def _adds_position_bias(cls: Any) -> bool:
     return any("position_bias=" in text for text in _sources(cls) if _INTERFACE in text)
 
 
 @cache
-def _takes_other_states(cls: type[nn.Module]) -> bool:
+def _takes_other_states(cls: Any) -> bool:
     """Can the class be called as cross-attention?"""
     try:
         names = inspect.signature(cls.forward).parameters
@@ -81,12 +80,13 @@ def _takes_other_states(cls: type[nn.Module]) -> bool:
 
 def is_cross(module: nn.Module, path: str = "") -> bool | None:
     """Is this attention module cross-attention? None where neither its class, its flags nor its path tell."""
+    cls: Any = type(module)
     flag = getattr(module, "is_cross_attention", None)
     if isinstance(flag, bool):
         return flag
-    if "cross" in type(module).__name__.lower() or _CROSS_PATH.search(path):
+    if "cross" in cls.__name__.lower() or _CROSS_PATH.search(path):
         return True
-    if getattr(module, "is_causal", None) is True or not _takes_other_states(type(module)):
+    if getattr(module, "is_causal", None) is True or not _takes_other_states(cls):
         return False
     if getattr(module, "is_decoder", None) is True:  # one class for both, as in BART: in a decoder, not causal
         return True
@@ -111,7 +111,7 @@ def survey(model: PreTrainedModel) -> Survey:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             owners[path] = module
-        elif through_interface(type(module)):
+        elif through_interface(module.__class__):
             attention.append((path, module))
         elif re.search(r"attention|attn", type(module).__name__, re.IGNORECASE) and any(
             True for _ in module.parameters()
@@ -127,7 +127,7 @@ def survey(model: PreTrainedModel) -> Survey:
     numbered: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
     for path, module in attention:
         stack = stack_of(path)
-        if _adds_position_bias(type(module)):
+        if _adds_position_bias(module.__class__):
             reason = f"{path} ({type(module).__name__}): adds a position bias [heads, queries, keys] to the scores"
             outside.setdefault(stack, []).append(reason)
         else:

@@ -51,7 +51,7 @@ def _check_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     past = given.get("past_key_values_length")
     if past is None:
         cache = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        past = 0 if cache is None else int(cache.get_seq_length())
     length = past + tokens.shape[1]
     if length > _rows(table):
         raise ValueError(

@@ -43,13 +43,20 @@ class Stamp:
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What the dispatcher did in a module's last call: the mechanism's name, the backend, queries and keys."""
+    """What the dispatcher did in a module's last call.
 
-    mechanism: str
+    mechanism   what was computed: the planned one, or its intersection with the model's own sliding window.
+    backend     the path that ran: "torch", "reference", "sdpa", "eager", "dense mask", ...
+    queries, keys, causal, heads, width   of that call; width is that of a key plus that of a value.
+    """
+
+    mechanism: Mechanism
     backend: str
     queries: int
     keys: int
     causal: bool
+    heads: int
+    width: int
 
 
 def stamp_of(module: nn.Module) -> Stamp | None:

@@ -13,6 +13,7 @@ from ..attention.dense import Dense
 from ._modules import Found, Survey, parts_of, survey
 from ._positions_check import guard_positions, unguard_positions
 from ._stamps import Stamp, last_run, set_stamp, stamp_of, stamped_modules
+from .cache import bound_cache, unbound_cache
 from .interface import NAME
 from .plan import FastPlan, SavedFastPlan
 
@@ -24,9 +25,9 @@ logger = logging.get_logger(__name__)
 def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
     """Make a loaded model run the plan, in place, and return it; `save_pretrained` then saves the plan too.
 
-    ValueError, with nothing changed, where a planned layer does not exist, where an attention module that the plan means
-    does not go through Transformers' interface, for a model that already has a plan or another quantisation, and for one
-    that is sharded, offloaded or on meta.
+    ValueError, with nothing changed, where a planned layer does not exist, where an attention module that the plan
+    means does not go through Transformers' interface, for a model that already has a plan or another quantisation, and
+    for one that is sharded, offloaded or on meta.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"expected a Transformers model, got {type(model).__name__}; unwrap it first")
@@ -52,6 +53,7 @@ def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
     dense = next((stamp.dense for _, stamp in stamped_modules(model)), "sdpa")
     for module, _ in stamped_modules(model):
         set_stamp(module, None)
+        unbound_cache(module)
         _remove_hook(module)
     unguard_positions(model)
     for owner in _owners(model):
@@ -82,7 +84,8 @@ def stamp_model(
         if found.outside.get(stack) and _asks_for_more(found, plan, stack, planned):
             listed = "\n  ".join(found.outside[stack][:4])
             raise ValueError(
-                f"{type(model).__name__} has attention that a plan cannot reach; it would stay dense silently:\n  {listed}"
+                f"{type(model).__name__} has attention that a plan cannot reach (it would stay dense silently):\n"
+                f"  {listed}"
             )
     if not any(f.kind == "self" and f.stack in planned for f in found.found):
         raise ValueError(f"{type(model).__name__} has no self-attention that goes through Transformers' interface")
@@ -92,6 +95,8 @@ def stamp_model(
         mechanism = _mechanism(plan, f, planned)
         stamp = Stamp(path=f.path, stack=f.stack, layer=f.layer, kind=f.kind, mechanism=mechanism, dense=dense)
         set_stamp(f.module, stamp)
+        if f.kind == "self":
+            bound_cache(f.module)
         if f.stack in planned and active:
             f.module.register_forward_hook(_was_called)
     guard_positions(model)
@@ -106,9 +111,8 @@ def attach(model: PreTrainedModel, quantizer: Any, implementation: str | dict[st
     """Let the model carry its plan: saved with it, but not pretending that its weights hold integers."""
     model.config.quantization_config = quantizer.quantization_config
     model.config.attn_implementation = implementation
-    model.hf_quantizer = quantizer
-    model.quantization_method = "tfast"
-    model.is_quantized = False
+    for name, value in (("hf_quantizer", quantizer), ("quantization_method", "tfast"), ("is_quantized", False)):
+        setattr(model, name, value)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized
@@ -238,8 +242,8 @@ def _was_called(module: nn.Module, args: Any, output: Any) -> None:
         config = getattr(module, "config", None)
         if config is None or config._attn_implementation == NAME:
             raise ValueError(
-                f"{stamp.path} ({type(module).__name__}) ran without asking Transformers' attention interface: the plan "
-                "had no effect on it. This model cannot run an attention plan"
+                f"{stamp.path} ({type(module).__name__}) ran without asking Transformers' attention interface: the "
+                "plan had no effect on it. This model cannot run an attention plan"
             )
     _remove_hook(module)
 

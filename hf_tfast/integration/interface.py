@@ -27,9 +27,10 @@ from ._dense import cross_attention, eager_attention, is_dense_mask, masked_atte
 from ._modules import is_cross
 from ._stamps import Ran, Stamp, note, stamp_of
 from ._within import within
+from .cache import window_layer
 from .masks import KeyRow, key_row, read_row, remembered
 
-__all__ = ["NAME", "register_names"]
+__all__ = ["NAME", "default_mechanism", "register_names"]
 
 NAME = "tfast"
 CHECK = "HF_TFAST_CHECK"
@@ -105,6 +106,7 @@ def _dispatch(
     stamp = _stamp(name, module)
     _refuse(options, module)
     q, k, v = qkv
+    bounded = window_layer(module)
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -112,10 +114,17 @@ def _dispatch(
     if stamp.kind == "cross":
         return _cross(module, stamp, q, k, v, given, score)
     if given is not None and is_dense_mask(given):
+        if bounded is not None:
+            raise ValueError(
+                f"{stamp.path}: a dense 4-D mask came after the cache had been bounded to the window; give it from the "
+                "first call on (the cache then keeps everything), or a 2-D mask [batch, length]"
+            )
         mechanism = within(stamp.mechanism, options.get("sliding_window"), Mask(causal=causal), k.shape[2])
         o = masked_attention(q, k, v, mechanism, given, Mask(causal=causal), score)
         return _done(module, o, stamp.mechanism, "dense mask", Mask(causal=causal), q, k)
     row = None if given is None else read_row(given).on(k.shape[0])
+    if bounded is not None:
+        row = bounded.fit(row)  # the mask is made once for all layers, of the full length
     call = _understand(stamp, q, k, v, row, score, causal, options)
     _check_positions(options, call, given)
     if isinstance(stamp.mechanism, Dense) and stamp.dense == "eager":
@@ -141,10 +150,16 @@ def _done(
     module: nn.Module, o: Tensor, mechanism: Mechanism, backend: str, mask: Mask, q: Tensor, k: Tensor
 ) -> tuple[Tensor, None]:
     """Note what ran, and the one transposition of the adapter: [b h i e] -> [b i h e]."""
-    note(
-        module,
-        Ran(mechanism=mechanism.name, backend=backend, queries=q.shape[2], keys=k.shape[2], causal=mask.causal),
+    ran = Ran(
+        mechanism=mechanism,
+        backend=backend,
+        queries=q.shape[2],
+        keys=k.shape[2],
+        causal=mask.causal,
+        heads=q.shape[1],
+        width=q.shape[3] + o.shape[3],
     )
+    note(module, ran)
     return o.transpose(1, 2).contiguous(), None
 
 
@@ -169,12 +184,12 @@ def _stamp(name: str, module: nn.Module) -> Stamp:
     if name == NAME:
         if stamp is None:
             raise ValueError(
-                f"{type(module).__name__} runs attn_implementation='{NAME}' without a plan: load with "
-                "from_pretrained (of a plan's checkpoint, or with quantization_config=FastPlan(...)) or call "
-                f"apply_plan(model, plan); from_config builds no plan. Without a plan use '{NAME}_window' or another mechanism"
+                f"{type(module).__name__} runs attn_implementation='{NAME}' without a plan: load with from_pretrained "
+                "(a plan's checkpoint, or with quantization_config=FastPlan(...)) or call apply_plan(model, plan); "
+                f"from_config builds no plan. Without a plan use '{NAME}_window' or another mechanism's name"
             )
         return stamp
-    mechanism = _default(name.removeprefix(f"{NAME}_"))
+    mechanism = default_mechanism(name)
     if stamp is not None:  # the name was asked for explicitly and wins over the plan; the stamp knows what is crossed
         kind, path, layer = stamp.kind, stamp.path, stamp.layer
     else:
@@ -182,7 +197,7 @@ def _stamp(name: str, module: nn.Module) -> Stamp:
         if crossed is None:
             raise ValueError(
                 f"{type(module).__name__} serves self- and cross-attention, and this module does not say which it is; "
-                f"use apply_plan(model, FastPlan(attention={type(mechanism).__name__}(...))), which reads its place in the model"
+                f"use apply_plan(model, FastPlan(attention={type(mechanism).__name__}(...))), which reads its place"
             )
         kind, path, layer = (
             "cross" if crossed else "self",
@@ -195,14 +210,18 @@ def _stamp(name: str, module: nn.Module) -> Stamp:
 
 
 @cache
-def _default(name: str) -> Mechanism:
-    """The mechanism of this name with its default fields; only its own file is loaded."""
-    module = import_module(f"{attention.__name__}.{name}")
-    return next(
-        cls()
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Mechanism) and cls.__module__ == module.__name__
-    )
+def default_mechanism(name: str) -> Mechanism:
+    """The mechanism behind `tfast_<name>`, with its default fields; only its own file is loaded."""
+    module = import_module(f"{attention.__name__}.{name.removeprefix(f'{NAME}_')}")
+    found = (cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, Mechanism))
+    cls = next(cls for cls in found if cls.__module__ == module.__name__)
+    try:
+        return cls()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{cls.__name__} has no default fields ({error}); give them in a plan: "
+            f"FastPlan(attention={cls.__name__}(...))"
+        ) from error
 
 
 @cache
@@ -221,8 +240,8 @@ def _refuse(options: dict[str, Any], module: nn.Module) -> None:
     parallel = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
     if parallel is not None and F.scaled_dot_product_attention in parallel._replaced_functions:
         raise ValueError(
-            "context parallel is active: every rank holds a part of the sequence, and only Transformers' sdpa exchanges "
-            "the rest; train this plan without context parallel, or with attn_implementation='sdpa'"
+            "context parallel is active: every rank holds a part of the sequence, and only Transformers' sdpa "
+            "exchanges the rest; train this plan without context parallel, or with attn_implementation='sdpa'"
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import masking_utils
 
 from ..attention import Mask
@@ -119,7 +120,7 @@ def key_row(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = masking_utils.causal_mask_function,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     device: torch.device | str = "cpu",
@@ -127,7 +128,8 @@ def key_row(
 ) -> Tensor | None:
     """Transformers' mask interface: the row [b 1 1 n] of this forward, or None where every filled slot is read.
 
-    attention_mask is [b m] bool over all tokens so far. ValueError for a pattern that a row cannot express.
+    attention_mask is [b m] bool over all tokens so far; local_size repeats what mask_function says.
+    ValueError for a pattern that a row cannot express.
     """
     if unknown := [name for name in options if name not in _HARMLESS and options[name] is not None]:
         raise ValueError(f"the mask argument {unknown[0]!r} is not known to hf_tfast and would be ignored")
@@ -144,7 +146,10 @@ def key_row(
     if pattern.packed is not None:
         documents = _packed_documents(pattern.packed, batch_size, n, device)
     if attention_mask is not None:
-        seen = masking_utils.prepare_padding_mask(attention_mask.bool(), n, kv_offset)
+        missing = max(n + kv_offset - attention_mask.shape[1], 0)
+        seen = F.pad(
+            attention_mask.bool(), (0, missing)
+        )  # as Transformers does: what the mask does not cover is padding
         valid = seen[:, kv_offset : kv_offset + n]
         padded = not bool(valid.all())
         start = seen[:, :kv_offset].sum(-1, keepdim=True)
@@ -163,7 +168,7 @@ def _packed_documents(same: Callable[..., Tensor], batch: int, n: int, device: t
     return torch.cat([torch.ones(batch, 1, dtype=torch.int64, device=device), border.long()], -1).cumsum(-1)
 
 
-def _pattern(function: Callable[..., Tensor], length: int) -> _Pattern:
+def _pattern(function: Callable[..., Any], length: int) -> _Pattern:
     """Take a composed mask function apart. ValueError where it holds anything that a row of words cannot say."""
     causal, window, packed = None, None, None
     for name, part in _parts(function):
@@ -175,8 +180,8 @@ def _pattern(function: Callable[..., Tensor], length: int) -> _Pattern:
             packed = part
         elif name != "chunked_overlay" or getclosurevars(part).nonlocals["chunk_size"] < length:
             raise ValueError(
-                f"the model asks for the mask pattern {name!r}, which hf_tfast cannot express; give the mask as a dense "
-                "4-D tensor [batch, 1, queries, keys], or load this model with attn_implementation='sdpa'"
+                f"the model asks for the mask pattern {name!r}, which hf_tfast cannot express; give the mask as a "
+                "dense 4-D tensor [batch, 1, queries, keys], or load this model with attn_implementation='sdpa'"
             )
     if causal is None:
         raise ValueError(
@@ -185,7 +190,7 @@ def _pattern(function: Callable[..., Tensor], length: int) -> _Pattern:
     return _Pattern(causal, window, packed)
 
 
-def _parts(function: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The mask functions that an intersection is made of, with the names of the functions that made them."""
     name = getattr(function, "__qualname__", repr(function)).split(".<locals>")[0]
     if getattr(function, "__module__", "") != masking_utils.__name__:

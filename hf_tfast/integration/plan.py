@@ -26,7 +26,7 @@ _RANGE = re.compile(r"(?:(?P<stack>[A-Za-z_][\w.]*)\.)?(?P<first>\d+)(?P<more>-(
 
 @dataclass(frozen=True)
 class LayerRange:
-    """The layers that one key of a plan names: "4", "0-3" or "5-" (`last` None: up to the end), in one stack or any."""
+    """The layers that one key of a plan names: "4", "0-3" or "5-" (`last` None: up to the end), in a stack or any."""
 
     text: str
     stack: str | None
@@ -57,8 +57,8 @@ class LayerRange:
 class FastPlan(QuantizationConfigMixin):
     """A plan for a whole model.
 
-    attention     a mechanism for all self-attention of the model (of its text stack, where it also has a vision or audio
-                  part), or a dict from layer ranges to mechanisms.
+    attention     a mechanism for all self-attention of the model (of its text stack, where it also has a vision or
+                  audio part), or a dict from layer ranges to mechanisms.
     feed_forward  must be None: this version holds no feed-forward forms.
     base          must be None: this version converts models that are not quantised otherwise.
 

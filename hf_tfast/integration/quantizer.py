@@ -1,4 +1,4 @@
-"""The plug-in that makes Transformers carry a plan: applied while loading, saved in config.json, read back by AutoModel.
+"""The plug-in that makes Transformers carry a plan: applied while loading, saved in config.json, read by AutoModel.
 
 A model whose weights hold no integers does not pretend to be quantised: `is_quantized` is False after loading.
 """
@@ -44,8 +44,8 @@ class FastQuantizer(HfQuantizer):
         self.implementation = stamp_model(model, self.quantization_config, dense=dense or "sdpa", active=not overruled)
         if overruled:
             logger.warning(
-                f"attn_implementation={self.asked!r} was asked for and overrules the checkpoint's plan in this process; "
-                "the saved plan stays as it is"
+                f"attn_implementation={self.asked!r} was asked for and overrules the checkpoint's plan in this "
+                "process; the saved plan stays as it is"
             )
         return model
 

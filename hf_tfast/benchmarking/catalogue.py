@@ -55,6 +55,7 @@ def describe(cls: type[Mechanism]) -> dict[str, Any]:
         "does": said["does"],
         "cost": said["Cost"],
         "causal": cls.causal,
+        "causal_text": said["Causal"],
         "exact": said["Exact"],
         "source": said["Source"],
         "fields": defaults,

@@ -1,0 +1,142 @@
+"""What is written is true: the README's table is current, and every code block of README and CONTRIBUTING runs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_tfast.attention import mechanisms
+from hf_tfast.benchmarking.catalogue import BEGIN, catalogue, describe, markdown_table, renew, sections
+from tests.attention import contract, contract_calls
+
+ROOT = Path(__file__).parents[1]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+
+
+def blocks(path: Path) -> list[tuple[int, str]]:
+    """(line of the first statement, code) of every Python block."""
+    text = path.read_text(encoding="utf-8")
+    return [(text[: m.start(1)].count("\n") + 1, m[1]) for m in re.finditer(r"```python\n(.*?)```", text, re.S)]
+
+
+@pytest.fixture
+def tiny_hub(tmp_path, monkeypatch):
+    """A working folder in which the names that the README loads are tiny random models."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    qwen = transformers.Qwen3Config(**small, vocab_size=64, num_key_value_heads=2, head_dim=8)
+    bert = transformers.BertConfig(**small, vocab_size=64, max_position_embeddings=512)
+    transformers.Qwen3ForCausalLM(qwen).save_pretrained(tmp_path / "Qwen" / "Qwen3-0.6B")
+    transformers.BertModel(bert).save_pretrained(tmp_path / "sentence-transformers" / "all-MiniLM-L6-v2")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("tiny_hub")
+def test_readme_runs(capsys):
+    scope: dict[str, object] = {}
+    for line, code in blocks(README):
+        exec(compile("\n" * line + code, str(README), "exec"), scope)  # the blocks of one page go on from each other
+    assert "window" in capsys.readouterr().out  # the printed report
+    again = transformers.AutoModelForCausalLM.from_pretrained("fast")
+    tokens = torch.arange(40)[None] % 64
+    plan = scope["plan"]
+    fresh = transformers.AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B", quantization_config=plan)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, fresh(tokens).logits)
+        assert scope["o"].shape == (1, 8, 4096, 64)
+        assert scope["encoder"](torch.ones(1, 600, dtype=torch.int64)).last_hidden_state.shape == (1, 600, 32)
+
+
+def test_readme_runs_early():
+    line, code = blocks(README)[0]
+    assert line <= 20 - code.count("\n") + 1, "the first running Python has to stand by line 20"
+    assert sum(bool(statement.strip()) for statement in code.splitlines()) <= 6
+
+
+def test_readme_table_is_current():
+    text = README.read_text(encoding="utf-8")
+    assert renew(text) == text, "run `tfast list --update README.md`, or `make style`"
+
+
+def test_table_names_every_mechanism():
+    rows = markdown_table().splitlines()[2:]
+    assert len(rows) == len(mechanisms())
+    for row, cls in zip(rows, mechanisms().values(), strict=True):
+        assert row.startswith(f"| `{cls.__name__}(")
+        assert len(re.split(r"(?<!\\)\|", row)) == 7, row
+
+
+@pytest.mark.parametrize("cls", mechanisms().values(), ids=mechanisms().keys())
+def test_docstring_has_its_sections(cls):
+    entry = describe(cls)
+    assert all(entry[key] for key in ("does", "cost", "exact", "source", "formula", "padding", "differs"))
+    assert entry["class"] == sections(sys.modules[cls.__module__].__doc__)["name"]
+    word = entry["causal_text"].split()[0].strip(",.;:").lower()
+    assert word == ("yes" if cls.causal else "no"), "Causal has to begin with what the class says, yes or no"
+
+
+@pytest.mark.parametrize(
+    ("doc", "words"),
+    [
+        ("Window", "first line"),
+        (
+            "Window: reads.\n\n    o = v\n\nShapes  q\nCost  O(i)",
+            "Window has no Exact, Source, Padding, Causal, Differs",
+        ),
+    ],
+)
+def test_a_bad_docstring_is_named(doc, words):
+    with pytest.raises(ValueError, match=words):
+        sections(doc)
+
+
+def test_renew_needs_its_markers():
+    with pytest.raises(ValueError, match="expected one line"):
+        renew(f"{BEGIN}\nno end")
+
+
+def test_the_skeleton_for_contributors_keeps_the_contract(tmp_path, monkeypatch):
+    """The mechanism of CONTRIBUTING.md, saved under its name and asked what the contract tests ask."""
+    ((_, code),) = blocks(CONTRIBUTING)
+    path = tmp_path / "dilated.py"
+    path.write_text(code, encoding="utf-8")
+    name = "hf_tfast.attention.dilated"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    mechanism = module.Dilated(**module.Dilated.small)
+    contract_calls.check_docstring(module.Dilated)
+    for case in contract.grid():
+        contract.check_fast_is_reference(mechanism, case)
+    for path_of in ("torch", "reference"):
+        for causal in (False, True):
+            contract.check_full_budget(mechanism, causal, 40, path_of)
+            contract_calls.check_padding(mechanism, causal, path_of)
+        contract.check_decoding(mechanism, contract.Mask(causal=True), path_of)
+        contract.check_future(mechanism, contract.Shape(j=70), (1, 33, 64), path_of)
+    assert "dilated" not in [entry["mechanism"] for entry in catalogue()]  # it lives in this test alone
+
+
+def test_no_path_of_one_machine():
+    """No tracked file names a folder that exists on one machine only."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
+    if not any(files):
+        pytest.skip("not a git checkout")
+    homes = re.compile(r"/(?:home|Users)/\w+/|/root/|/work/|[^\w]/tmp/\w")
+    found = []
+    for file in filter(None, files):
+        path = ROOT / file
+        if path.suffix in {".png", ".safetensors"} or not path.is_file() or path == Path(__file__):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if homes.search(line):
+                found.append(f"{file}:{number}: {line.strip()[:80]}")
+    assert found == []

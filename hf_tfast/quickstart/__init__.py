@@ -31,8 +31,8 @@ def run(
     seconds  wall-clock budget of training for each of the two models; 0 leaves the training comparison out.
     dtype    "float32" or "bfloat16": of every encoder measured, teacher included, and of the saved model.
 
-    The result holds "folder" (of the run), "retrieval", "passages", "training" (None when left out), "reload", "corpus",
-    "settings" and "environment".
+    The result holds "folder" (of the run), "retrieval", "passages", "training" (None when left out), "reload",
+    "corpus", "settings", "environment" and "seconds".
     Raises ValueError for input that cannot be used (a line of the corpus is named by its number), FileExistsError
     where `out` exists, ImportError for a missing package. KeyboardInterrupt passes through, after the unfinished
     folder has been removed.

@@ -2,9 +2,9 @@
 
 The default corpus is read from the files of the running Python; nothing is imported from them. It consists of the
 docstrings of standard library modules in source order, and of the topics of `help()`. A query is the first sentence of
-a passage (of a docstring: its summary line). That sentence is taken out of the document, so the rest of the passage has
-to be found by meaning; a sentence that stands anywhere else in the corpus is no query. The same version of Python gives
-the same corpus.
+a passage (of a docstring: its summary line). That sentence is taken out of the document, so the rest of the passage
+has to be found by meaning; a sentence that stands anywhere else in the corpus is no query. One version of Python gives one
+corpus.
 """
 
 import ast

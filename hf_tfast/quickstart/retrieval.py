@@ -163,7 +163,7 @@ def read_all(contest: Sequence[Rival], texts: Sequence[Text], steps: Steps) -> l
 
 
 def ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """[q n] scores, [q] right answers -> [q] ranks from 1. An equal score of a wrong answer counts against the right."""
+    """[q n] scores, [q] right answers -> [q] ranks from 1. Of equal scores the wrong answer counts as higher."""
     best = scores.gather(1, right[:, None])
     return (scores >= best).sum(1)
 

@@ -94,7 +94,11 @@ def with_gradients(
         score = replace(score, sinks=leaves["sinks"])
     o = run(leaves["q"], leaves["k"], leaves["v"], score)
     upstream = torch.randn(o.shape, generator=generator("upstream", *seed), dtype=torch.float64).to(o)
-    return {"o": o.detach()} | dict(zip(leaves, torch.autograd.grad(o, list(leaves.values()), upstream), strict=True))
+    gradients = torch.autograd.grad(o, list(leaves.values()), upstream, allow_unused=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is None:
+            raise AssertionError(f"the output does not depend on {name}: its gradient is cut, or it is ignored")
+    return {"o": o.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
 def assert_near(actual: Tensor, expected: Tensor, what: str, tolerance: float | None = None) -> None:

@@ -17,7 +17,7 @@ class Score:
 
     scale       None means d^-0.5.
     softcap     None, or the bound of the scores (Gemma 2, section 2).
-    sinks       None, or [h]: a learned logit per query head that takes part in the softmax and carries no value (gpt-oss).
+    sinks       None, or [h]: a learned logit per query head that takes part in the softmax, without a value (gpt-oss).
     dropout     probability of dropping a weight after the softmax; kept weights grow by 1 / (1 - dropout).
     seed        the call's draw for dropout. None: `attend` draws it from torch's global generator, so that gradient
                 checkpointing, which restores that generator, replays the same weights.
@@ -70,9 +70,7 @@ def softmax_attention(
     """
     (b, h, i, d), (g, j) = q.shape, k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(wide).reshape(
-        b, g, h // g * i, d
-    )  # the queries that share a key head, one matmul, keys not repeated
+    grouped = q.to(wide).reshape(b, g, h // g * i, d)  # queries that share a key head: one matmul, no repeated keys
     scores = (grouped @ k.to(wide).mT).reshape(b, h, i, j) * score.factor(d)
     scores = score.cap(scores)
     if bias is not None:

@@ -126,6 +126,11 @@ def check_no_state(mechanism: Mechanism, path: str) -> None:
     for n, result in enumerate(again + threaded):
         for name in result:
             assert torch.equal(result[name], first[n % 3][name]), f"call {n} gives another {name} than before"
+    there = qkv(shape, "state", 0)
+    o, flipped = (
+        attend(*(turn(x) for x in there), mechanism, backend=path) for turn in (lambda x: x, lambda x: x.flip(0))
+    )
+    assert_near(flipped.flip(0), o, "a call of the same shape with the rows in another order")
     assert vars(mechanism) == before, "the mechanism is not what it was before the call"
     assert torch.equal(moved, torch.random.get_rng_state()), "the call draws from torch's global generator"
     assert not torch.equal(moved, drawn)

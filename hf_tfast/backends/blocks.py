@@ -9,6 +9,8 @@ and backward recomputes S and P from q, k, v, so that nothing of size [i, j], no
 linear in the number of queries.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -43,15 +45,14 @@ class _Tiles(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, sinks)
         ctx.call = call  # type: ignore[attr-defined]
         o = q.new_empty(*q.shape[:3], v.shape[-1])
+        scratch = _Scratch()
         for tile in call.tiles():
-            work = _Work(tile, q, k, sinks)
+            work = _Work(tile, q, k, v, sinks, scratch)
             p = work.weights()
             keep = work.keep()
             p = p if keep is None else p.mul_(keep)
-            out = torch.bmm(p[..., : work.w], tile.keys(v))
-            if (first := tile.first(v)) is not None:
-                out.view(-1, out.shape[-1]).addmm_(work.beside(p), first)
-            tile.put(o, out)
+            out = torch.bmm(p, work.v, out=work.like("o", tile.size[:2], v))
+            tile.queries(o).copy_(tile.split(out))
         return o
 
     @staticmethod
@@ -60,90 +61,100 @@ class _Tiles(torch.autograd.Function):
         q, k, v, sinks = ctx.saved_tensors  # type: ignore[attr-defined]
         call: Call = ctx.call  # type: ignore[attr-defined]
         wide = torch.promote_types(q.dtype, torch.float32)
+        summed = q.dtype if call.layout.lists is None else wide  # a band adds its overlaps up in fp32 first
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dk, dv = torch.zeros_like(k, dtype=summed), torch.zeros_like(v, dtype=summed)
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
+        scratch = _Scratch()
         for tile in call.tiles():
-            work = _Work(tile, q, k, sinks)
-            work.backward(v, tile.queries(grad), (dq, dk, dv, dsinks))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype), None
+            _Work(tile, q, k, v, sinks, scratch).backward(grad, dq, dk, dv, dsinks)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None if dsinks is None else dsinks.to(sinks.dtype), None
+
+
+class _Scratch:
+    """Buffers that all tiles of a pass share: fresh memory for each would cost more in page faults than the matmuls."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised, contiguous tensor of `shape`; the next call under this name reuses its memory."""
+        if name not in self.held or self.held[name].numel() < math.prod(shape):
+            self.held[name] = like.new_empty(math.prod(shape))
+        return self.held[name][: math.prod(shape)].view(shape)
 
 
 class _Work:
-    """The arithmetic of one tile. Columns of scores: w keys, then the first keys beside them, then the sink logit."""
+    """The arithmetic of one tile. With sink logits the tile has one more key: zeros, whose scores are these logits."""
 
-    def __init__(self, tile: Tile, q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
-        self.tile, self.score, self.sinks = tile, tile.call.score, sinks
+    def __init__(
+        self, tile: Tile, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scratch: _Scratch
+    ) -> None:
+        self.tile, self.score, self.sinks, self.scratch = tile, tile.call.score, sinks, scratch
         self.scale = self.score.factor(q.shape[-1])
-        self.q, self.k, self.first = tile.queries(q) * self.scale, tile.keys(k), tile.first(k)
-        self.w = self.k.shape[1]
+        n, m, w = tile.size
+        self.w = w
+        self.columns = w + (sinks is not None)
+        self.q = self.like("q", (n, m), q)
+        torch.mul(tile.queries(q), self.scale, out=self.q.view(*tile.shape, q.shape[-1]))
+        self.k, self.v = self.like("k", (n, self.columns), k), self.like("v", (n, self.columns), v)
+        for source, into in ((k, self.k), (v, self.v)):
+            tile.load(source, into[:, :w])
+            into[:, w:] = 0
         self.slope: Tensor | None = None  # of the softcap
+
+    def like(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        """Scratch of [*shape, width of x]."""
+        return self.scratch(name, (*shape, x.shape[-1]), x)
+
+    def scores(self, name: str) -> Tensor:
+        """Scratch of [n m columns]."""
+        return self.scratch(name, (*self.tile.size[:2], self.columns), self.q)
 
     def weights(self, slope: bool = False) -> Tensor:
         """P [n m columns]; `slope` keeps the derivative of the softcap."""
-        columns = [torch.bmm(self.q, self.k.mT)]
-        if self.first is not None:
-            columns.append((self.q.flatten(0, 1) @ self.first.mT).unflatten(0, self.q.shape[:2]))
+        s = torch.bmm(self.q, self.k.mT, out=self.scores("s"))
         if self.score.softcap is not None:
-            columns = [column.div_(self.score.softcap).tanh_() for column in columns]
-            if slope:
-                self.slope = 1 - torch.cat(columns, -1).square()
-            columns = [column.mul_(self.score.softcap) for column in columns]
-        self.tile.hide(columns[0])
+            s.div_(self.score.softcap).tanh_()
+            self.slope = 1 - s.square() if slope else None
+            s.mul_(self.score.softcap)
+        self.tile.hide(s if self.sinks is None else s[..., : self.w])
         if self.sinks is not None:
-            logits = self.sinks.to(self.q.dtype)[self.tile.heads]
-            extra = columns[0].new_empty(*self.q.shape[:2], 1)
-            self.tile.split(extra).copy_(logits)
-            columns.append(extra)
-        p = torch.softmax(columns[0] if len(columns) == 1 else torch.cat(columns, -1), -1)
-        self.tile.zero(p[..., : self.w])
-        return p
+            self.tile.split(s)[..., -1:] = self.sinks.to(s.dtype)[self.tile.heads]
+        torch.softmax(s, -1, out=s)
+        self.tile.zero(s if self.sinks is None else s[..., : self.w])
+        return s
 
     def keep(self) -> Tensor | None:
-        """What dropout multiplies P with."""
+        """What dropout multiplies P with. [n m columns]"""
         if not self.score.dropout:
             return None
-        tile, at = self.tile, self.tile.j
-        if self.first is not None:
-            at = torch.cat([at, torch.arange(len(self.first), device=at.device).expand(*at.shape[:-1], -1)], -1)
-        kept = self.score.keep(tile.batch, tile.heads, tile.i, at)
-        shape = (*self.q.shape[:2], at.shape[-1])
-        kept = kept.expand(tile.split(self.q).shape[:-1] + at.shape[-1:]).reshape(shape).to(self.q.dtype)
-        if self.sinks is not None:
-            kept = torch.cat([kept, kept.new_ones(*shape[:2], 1)], -1)
-        return kept.mul_(1 / (1 - self.score.dropout))
+        kept = self.score.keep(self.tile.batch, self.tile.heads, self.tile.i, self.tile.j)
+        factor = self.scores("keep")
+        factor[..., self.w :] = 1
+        self.tile.split(factor)[..., : self.w] = kept
+        return factor.mul_(1 / (1 - self.score.dropout))
 
-    def beside(self, p: Tensor) -> Tensor:
-        """The columns of the first keys, rows flattened. [n m sinks]"""
-        return p[..., self.w : self.w + len(self.first)].flatten(0, 1)  # type: ignore[arg-type]
-
-    def backward(self, v: Tensor, grad: Tensor, totals: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
-        """Write dq and add to dk, dv, dsinks, given the gradient [n m e] of the tile's output."""
-        dq, dk, dv, dsinks = totals
+    def backward(self, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dsinks: Tensor | None) -> None:
+        """Write dq and add to dk, dv, dsinks, given the gradient [b h i e] of the output."""
         tile, w = self.tile, self.w
         p, keep = self.weights(slope=True), self.keep()
-        dp = [torch.bmm(grad, tile.keys(v).mT)]
-        first = tile.first(v)
-        if first is not None:
-            dp.append((grad.flatten(0, 1) @ first.mT).unflatten(0, grad.shape[:2]))
-        if self.sinks is not None:
-            dp.append(dp[0].new_zeros(*grad.shape[:2], 1))
-        dweights = dp[0] if len(dp) == 1 else torch.cat(dp, -1)
-        dropped = p if keep is None else p * keep
-        dweights = dweights if keep is None else dweights.mul_(keep)
-        tile.add(dv, torch.bmm(dropped[..., :w].mT, grad))
-        if first is not None:
-            tile.first(dv).addmm_(self.beside(dropped).mT.to(dv.dtype), grad.flatten(0, 1).to(dv.dtype))  # type: ignore[union-attr]
-        ds = torch.ops.aten._softmax_backward_data(dweights, p, -1, p.dtype)
+        rows = self.like("grad", tile.size[:2], grad)
+        rows.view(*tile.shape, grad.shape[-1]).copy_(tile.queries(grad))
+        dp = torch.bmm(rows, self.v.mT, out=self.scores("dp"))
+        dropped = p
+        if keep is not None:
+            dp.mul_(keep)
+            dropped = keep.mul_(p)
+        out = torch.bmm(dropped.mT, rows, out=self.like("dv", (tile.size[0], self.columns), grad))
+        tile.add(dv, out[:, :w])
+        ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         if dsinks is not None:
-            by_head = tile.split(ds[..., -1:].contiguous()).to(dsinks.dtype)
-            heads = tile.heads.expand(by_head.shape)
-            dsinks.index_add_(0, heads.flatten(), by_head.flatten())
+            by_head = tile.split(ds)[..., -1:].to(dsinks.dtype)
+            dsinks.index_add_(0, tile.heads.expand(by_head.shape).flatten(), by_head.flatten())
         if self.slope is not None:
-            ds[..., : self.slope.shape[-1]].mul_(self.slope)
-        into = torch.bmm(ds[..., :w], self.k)
-        if self.first is not None:
-            into.view(-1, into.shape[-1]).addmm_(self.beside(ds), self.first)
-            tile.first(dk).addmm_(self.beside(ds).mT.to(dk.dtype), self.q.flatten(0, 1).to(dk.dtype))  # type: ignore[union-attr]
-        tile.put(dq, into.mul_(self.scale))
-        tile.add(dk, torch.bmm(ds[..., :w].mT, self.q))
+            ds.mul_(self.slope)
+        out = torch.bmm(ds, self.k, out=self.like("dq", tile.size[:2], dq)).mul_(self.scale)
+        tile.queries(dq).copy_(tile.split(out))
+        out = torch.bmm(ds.mT, self.q, out=self.like("dk", (tile.size[0], self.columns), dq))
+        tile.add(dk, out[:, :w])

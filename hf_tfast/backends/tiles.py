@@ -113,36 +113,37 @@ class Call:
 
 
 class Tile:
-    """Some tiles at once. `heads`, `batch`, `i`, `j` broadcast to the shape that `split` gives."""
+    """Some tiles at once, of w keys and `rows` queries each.
+
+    `heads`, `batch`, `i` and `j` (positions) broadcast to the shape that `split` gives.
+    """
 
     call: Call
+    size: tuple[int, int, int]  # n, m, w
     heads: Tensor
     batch: Tensor
     i: Tensor
     j: Tensor
 
     def queries(self, x: Tensor) -> Tensor:
-        """[b h i d] -> [n m d]"""
+        """[b h i d] -> [.. u c d], a view."""
         raise NotImplementedError
 
-    def keys(self, x: Tensor) -> Tensor:
-        """[b g j d] -> [n w d]"""
+    def load(self, x: Tensor, into: Tensor) -> None:
+        """Copy the keys of the tiles from [b g j d] to [n w d]."""
         raise NotImplementedError
 
-    def first(self, x: Tensor) -> Tensor | None:
-        """[b g j d] -> [sinks d], the first keys where they are read beside `keys`; a view."""
-        return None
-
-    def put(self, total: Tensor, tile: Tensor) -> None:
-        """Write [n m e] to its place in [b h i e]."""
-        raise NotImplementedError
-
-    def add(self, total: Tensor, tile: Tensor) -> None:
+    def add(self, total: Tensor, part: Tensor) -> None:
         """Add [n w d] to its places in [b g j d]; tiles overlap."""
         raise NotImplementedError
 
     def split(self, x: Tensor) -> Tensor:
         """[n m w] as a view in which heads, queries and keys are axes of their own: [.. u c w]."""
+        return x.view(*self.shape, x.shape[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[.. u c], the axes of n and m."""
         raise NotImplementedError
 
     def hide(self, s: Tensor) -> None:
@@ -165,32 +166,34 @@ class Edge(Tile):
         self.j = call.positions(torch.cat([slots[part] for part in self.parts]))
         self.heads = torch.arange(call.h, device=call.device).view(1, call.g, call.groups, 1, 1)
         self.batch = torch.arange(call.b, device=call.device).view(-1, 1, 1, 1, 1)
+        self.size = (call.b * call.g, call.groups * len(self.i), len(self.j))
         self.hidden = call.layout.hidden(self.i, self.j)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.call.b, self.call.g, self.call.groups, len(self.i))
+
     def queries(self, x: Tensor) -> Tensor:
-        return x[:, :, self.rows].reshape(self.call.b * self.call.g, -1, x.shape[-1])
+        return x[:, :, self.rows].unflatten(1, (self.call.g, self.call.groups))
 
-    def keys(self, x: Tensor) -> Tensor:
-        parts = [x[:, :, part] for part in self.parts]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).reshape(-1, len(self.j), x.shape[-1])
+    def load(self, x: Tensor, into: Tensor) -> None:
+        into, done = into.view(self.call.b, self.call.g, -1, x.shape[-1]), 0
+        for part in self.parts:
+            into[:, :, done : done + part.stop - part.start] = x[:, :, part]
+            done += part.stop - part.start
 
-    def put(self, total: Tensor, tile: Tensor) -> None:
-        total[:, :, self.rows] = tile.view(self.call.b, self.call.h, -1, tile.shape[-1])
-
-    def add(self, total: Tensor, tile: Tensor) -> None:
-        pieces = tile.view(self.call.b, self.call.g, -1, tile.shape[-1]).split([p.stop - p.start for p in self.parts], 2)
-        for part, piece in zip(self.parts, pieces, strict=True):
-            total[:, :, part] += piece
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.view(self.call.b, self.call.g, self.call.groups, -1, x.shape[-1])
+    def add(self, total: Tensor, part: Tensor) -> None:
+        part, done = part.view(self.call.b, self.call.g, -1, part.shape[-1]), 0
+        for keys in self.parts:
+            total[:, :, keys] += part[:, :, done : done + keys.stop - keys.start]
+            done += keys.stop - keys.start
 
     def hide(self, s: Tensor) -> None:
         self.split(s).masked_fill_(self.hidden, float("-inf"))
 
 
 class Band(Tile):
-    """n tiles of one batch row and key head, away from the borders: one overlapping view of the keys."""
+    """n tiles of one batch row and key head, away from the borders: overlapping runs of keys, then the first keys."""
 
     def __init__(self, call: Call, at: tuple[int, int], query: int, n: int, shared: "BandMask") -> None:
         self.call, self.at, self.n, self.shared = call, at, n, shared
@@ -200,6 +203,7 @@ class Band(Tile):
         self.w = call.layout.before + self.c + call.layout.after
         self.heads = shared.heads + at[1] * call.groups
         self.batch = torch.tensor(at[0], device=call.device)
+        self.size = (n, call.groups * self.c, self.w + call.layout.sinks)
 
     @property
     def i(self) -> Tensor:  # type: ignore[override]
@@ -207,39 +211,35 @@ class Band(Tile):
 
     @property
     def j(self) -> Tensor:  # type: ignore[override]
-        return self.shared.j[: self.n] + (self.low + self.call.start)
+        band = self.shared.j[: self.n] + (self.low + self.call.start)
+        sinks = torch.arange(self.call.layout.sinks, device=band.device).expand(*band.shape[:-1], -1)
+        return torch.cat([band, sinks], -1)
 
-    def _place(self, x: Tensor) -> Tensor:
-        """[b h i d] -> [n u c d], a view."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, self.call.groups, self.c)
+
+    def queries(self, x: Tensor) -> Tensor:
         b, g = self.at
         mine = x[b, g * self.call.groups : (g + 1) * self.call.groups, self.rows]
         return mine.unflatten(1, (self.n, self.c)).transpose(0, 1)
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self._place(x).reshape(self.n, -1, x.shape[-1])
+    def load(self, x: Tensor, into: Tensor) -> None:
+        row, d = x[self.at], x.shape[-1]
+        runs = row.as_strided((self.n, self.w, d), (self.c * d, d, 1), row.storage_offset() + self.low * d)
+        into[:, : self.w] = runs
+        into[:, self.w :] = row[: self.call.layout.sinks]
 
-    def keys(self, x: Tensor) -> Tensor:
-        return self._run(x[self.at], 0, self.w)
-
-    def _run(self, row: Tensor, skip: int, width: int) -> Tensor:
-        """[j d] -> [n width d]: from key `skip` of every tile on, an overlapping view."""
-        d = row.shape[-1]
-        return row.as_strided((self.n, width, d), (self.c * d, d, 1), row.storage_offset() + (self.low + skip) * d)
-
-    def first(self, x: Tensor) -> Tensor | None:
-        return x[self.at][: self.call.layout.sinks] if self.call.layout.sinks else None
-
-    def put(self, total: Tensor, tile: Tensor) -> None:
-        self._place(total).copy_(self.split(tile))
-
-    def add(self, total: Tensor, tile: Tensor) -> None:
-        row = total[self.at]
+    def add(self, total: Tensor, part: Tensor) -> None:
+        wide = torch.promote_types(part.dtype, torch.float32)
+        fold = part.new_zeros(self.n * self.c + self.w, part.shape[-1], dtype=wide)
         for skip in range(0, self.w, self.c):  # c keys of every tile at a time do not overlap
             width = min(self.c, self.w - skip)
-            self._run(row, skip, width).add_(tile[:, skip : skip + width])
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.view(self.n, self.call.groups, self.c, x.shape[-1])
+            run = fold[skip : skip + self.n * self.c].unflatten(0, (self.n, self.c))[:, :width]
+            run += part[:, skip : skip + width]
+        total[self.at][self.low : self.low + self.n * self.c + self.w - self.c] += fold[: -self.c]
+        if sinks := self.call.layout.sinks:
+            total[self.at][:sinks] += part[:, self.w :].sum(0, dtype=wide)
 
     def hide(self, s: Tensor) -> None:
         for columns, bias in self.shared.bias:
@@ -318,7 +318,8 @@ class Listed(Tile):
         blocks = table.blocks[0 if shared else unit, lists, :most]  # [n most]
         inside = torch.arange(size, device=call.device)
         keys = blocks[..., None] * size + inside  # [n most size]
-        self.index = keys.clamp_max(call.j - 1).flatten(1)  # [n w]
+        self.index = keys.clamp_max(call.j - 1).flatten()  # [n * w]
+        self.size = (n, (self.head.stop - self.head.start) * self.c, most * size)
         self.i = torch.arange(rows.start, rows.stop, device=call.device).view(n, 1, self.c, 1) + call.offset
         self.j = keys.flatten(1)[:, None, None]
         self.heads = torch.arange(self.head.start, self.head.stop, device=call.device).view(-1, 1, 1)
@@ -326,23 +327,18 @@ class Listed(Tile):
         listed = table.listed[0 if shared else unit, lists, :most, None].expand(-1, -1, size).flatten(1)[:, None, None]
         self.hidden = call.layout.hidden(self.i, self.j, listed) | (self.j >= call.j)
 
-    def _place(self, x: Tensor) -> Tensor:
-        return x[self.at[0], self.head, self.rows].unflatten(1, (self.n, self.c)).transpose(0, 1)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, self.head.stop - self.head.start, self.c)
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._place(x).reshape(self.n, -1, x.shape[-1])
+        return x[self.at[0], self.head, self.rows].unflatten(1, (self.n, self.c)).transpose(0, 1)
 
-    def keys(self, x: Tensor) -> Tensor:
-        return x[self.at].index_select(0, self.index.flatten()).view(*self.index.shape, -1)
+    def load(self, x: Tensor, into: Tensor) -> None:
+        into.copy_(x[self.at].index_select(0, self.index).view_as(into))
 
-    def put(self, total: Tensor, tile: Tensor) -> None:
-        self._place(total).copy_(self.split(tile))
-
-    def add(self, total: Tensor, tile: Tensor) -> None:
-        total[self.at].index_add_(0, self.index.flatten(), tile.flatten(0, 1).to(total.dtype))
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.view(self.n, -1, self.c, x.shape[-1])
+    def add(self, total: Tensor, part: Tensor) -> None:
+        total[self.at].index_add_(0, self.index, part.flatten(0, 1).to(total.dtype))
 
     def hide(self, s: Tensor) -> None:
         self.split(s).masked_fill_(self.hidden, float("-inf"))

@@ -9,7 +9,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/tfast quickstart
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ def within(mechanism: Mechanism, window: int | None, mask: Mask, keys: int) -> M
     gap = mask.start if isinstance(mask.start, int) else int(mask.start.max())
     kept = mask.kept if isinstance(mask.kept, int) else int(mask.kept.max())
     reach = keys + (gap if kept else 0)  # no two positions are further apart than reach - 1
-    if window is None or reach <= (window if mask.causal else window + 1):
+    lost = gap > 0 and kept == 0 and isinstance(mechanism, Window) and mechanism.sinks > 0  # a sliding cache's sinks
+    if window is None or (reach <= (window if mask.causal else window + 1) and not lost):
         return mechanism
     if isinstance(mechanism, Dense):
         return Window(window=window)

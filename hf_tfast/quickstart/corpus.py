@@ -3,8 +3,8 @@
 The default corpus is read from the files of the running Python; nothing is imported from them. It consists of the
 docstrings of standard library modules in source order, and of the topics of `help()`. A query is the first sentence of
 a passage (of a docstring: its summary line). That sentence is taken out of the document, so the rest of the passage
-has to be found by meaning; a sentence that stands anywhere else in the corpus is no query. One version of Python gives one
-corpus.
+has to be found by meaning; a sentence that stands anywhere else in the corpus is no query. One version of Python
+gives one corpus.
 """
 
 import ast
@@ -122,7 +122,7 @@ def _document(name: str, entries: list[Entry], asked: set[int]) -> Document:
         if n in asked:
             query, body = _split(body)
             queries.append((query, len(passages)))
-        text += f"{heading}{body}\n\n"
+        text += f"{heading}{body.rstrip()}\n\n"
         passages += _passages(text, start, len(text) - 2)
     return Document(name, text.rstrip(), passages, queries)
 

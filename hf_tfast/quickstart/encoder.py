@@ -68,7 +68,7 @@ class Encoder:
 
 
 def pool(states: Tensor, valid: Tensor, how: str = "mean") -> Tensor:
-    """[b i d] states, [b i] bool valid -> [b d] float32 of length 1: the mean over valid tokens, or the first token."""
+    """[b i d] states, [b i] bool valid -> [b d] float32 of length 1: of the mean over valid, or of the first."""
     if how == "cls":
         return nn.functional.normalize(states[:, 0].float(), dim=-1)
     weight = valid[..., None].float()

@@ -176,17 +176,15 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def _corpus_words(corpus: dict[str, Any], settings: dict[str, Any]) -> str:
+    deep = (
+        f", {corpus['beyond']:.0%} of them about a passage beyond token {settings['chunk']}" if corpus["exact"] else ""
+    )
     return (
         f"{corpus['source']}: {corpus['documents']} documents of {corpus['shortest']} to {corpus['longest']} tokens "
         f"(mean {corpus['mean']:.0f}; what is beyond {settings['length']} is not read), {corpus['queries']} queries"
-        + (
-            f", {corpus['beyond']:.0%} of them about a passage beyond token {settings['chunk']}"
-            if corpus["exact"]
-            else ""
-        )
-        + f". Vectors in {settings['dtype']}; every rival reads one document at a time, in turns; documents/s is from the median "
-        "time of a document. Peak memory is what a call on the longest document needs above what the process "
-        "holds already. Queries are embedded by the teacher for all."
+        f"{deep}. Vectors in {settings['dtype']}; every rival reads one document at a time, in turns; documents/s is "
+        "from the median time of a document. Peak memory is what a call on the longest document needs above what the "
+        "process holds already. Queries are embedded by the teacher for all."
     )
 
 
@@ -205,7 +203,8 @@ def _training_words(results: dict[str, Any]) -> str:
     made = results["training_setup"]
     return (
         f"A random byte-level Llama ({made['layers']} layers, {made['width']} wide, {made['parameters']:,} weights), "
-        f"one sequence of {made['length']:,} bytes of Python's sources a step, AdamW, {made['dtype']}, the same weights, "
-        f"seed and order; turns of {made['slice']:.0f} s. A token is a byte. Held out: {made['held_out']} sequences of other "
+        f"one sequence of {made['length']:,} bytes of Python's sources a step, AdamW, {made['dtype']}, the same "
+        f"weights, seed and order; turns of {made['slice']:.0f} s. A token is a byte. Held out: {made['held_out']} "
+        "sequences of other "
         "files, each model with its own attention, outside the budget."
     )

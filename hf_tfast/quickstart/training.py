@@ -1,8 +1,8 @@
 """The same wall-clock budget of training, twice: a small byte-level causal model with `sdpa` and with a window plan.
 
 Both start from the same random weights and see the same sequences in the same order; they take turns in slices of a
-few seconds, so that whatever else the machine does hits both. What differs is how many sequences each gets through. Then
-both are scored on the same held-out files, each with its own attention.
+few seconds, so that whatever else the machine does hits both. What differs is how many sequences each gets through.
+Then both are scored on the same held-out files, each with its own attention.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Found", "Survey", "is_cross", "parts_of", "survey", "through_interface"]
+__all__ = ["Found", "Survey", "heads_of", "is_cross", "parts_of", "survey", "through_interface"]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 _CROSS_PATH = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
@@ -91,6 +91,15 @@ def is_cross(module: nn.Module, path: str = "") -> bool | None:
     if getattr(module, "is_decoder", None) is True:  # one class for both, as in BART: in a decoder, not causal
         return True
     return False if path or getattr(module, "is_decoder", None) is False else None
+
+
+def heads_of(module: nn.Module) -> int | None:
+    """Query heads of an attention module before any sharding, where it or its config says."""
+    for source in (module, getattr(module, "config", None)):
+        for name in ("num_attention_heads", "num_heads", "n_heads"):
+            if isinstance(heads := getattr(source, name, None), int):
+                return heads
+    return None
 
 
 def parts_of(

@@ -29,7 +29,8 @@ class Stamp:
     kind        "self" or "cross"; cross-attention is always dense.
     mechanism   what self-attention computes; Dense() where the plan names nothing.
     dense       the implementation that dense layers run: "sdpa" or "eager".
-    first_head  number of this rank's first query head among the heads of all ranks.
+    heads       query heads of the layer, of all tensor-parallel ranks together.
+    rank        this process's tensor-parallel rank: seeded draws are by global head.
     """
 
     path: str
@@ -38,7 +39,8 @@ class Stamp:
     kind: str
     mechanism: Mechanism
     dense: str = "sdpa"
-    first_head: int = 0
+    heads: int | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..attention import Mechanism
 from ..attention.dense import Dense
-from ._modules import Found, Survey, parts_of, survey
+from ._modules import Found, Survey, heads_of, parts_of, survey
 from ._positions_check import guard_positions, unguard_positions
 from ._stamps import Stamp, last_run, set_stamp, stamp_of, stamped_modules
 from .cache import bound_cache, unbound_cache
@@ -93,8 +93,8 @@ def stamp_model(
         raise ValueError(f"dense layers of a plan run 'sdpa' or 'eager', got attn_implementation={dense!r}")
     for f in found.found:
         mechanism = _mechanism(plan, f, planned)
-        stamp = Stamp(path=f.path, stack=f.stack, layer=f.layer, kind=f.kind, mechanism=mechanism, dense=dense)
-        set_stamp(f.module, stamp)
+        where: dict[str, Any] = {"path": f.path, "stack": f.stack, "layer": f.layer, "kind": f.kind}
+        set_stamp(f.module, Stamp(**where, mechanism=mechanism, dense=dense, heads=heads_of(f.module)))
         if f.kind == "self":
             bound_cache(f.module)
         if f.stack in planned and active:

@@ -110,14 +110,14 @@ def _dispatch(
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    score = _score(options, stamp)
+    score = _score(options, first_head(stamp, q.shape[1]))
     if stamp.kind == "cross":
         return _cross(module, stamp, q, k, v, given, score)
     if given is not None and is_dense_mask(given):
         if bounded is not None:
             raise ValueError(
-                f"{stamp.path}: a dense 4-D mask came after the cache had been bounded to the window; give it from the "
-                "first call on (the cache then keeps everything), or a 2-D mask [batch, length]"
+                f"{stamp.path}: a dense 4-D mask came after the cache had been bounded to the window; give it from "
+                "the first call on (the cache then keeps everything), or a 2-D mask [batch, length]"
             )
         mechanism = within(stamp.mechanism, options.get("sliding_window"), Mask(causal=causal), k.shape[2])
         o = masked_attention(q, k, v, mechanism, given, Mask(causal=causal), score)
@@ -245,7 +245,12 @@ def _refuse(options: dict[str, Any], module: nn.Module) -> None:
         )
 
 
-def _score(options: dict[str, Any], stamp: Stamp) -> Score:
+def first_head(stamp: Stamp, heads: int) -> int:
+    """Number of this rank's first query head, where the call has `heads` of the layer's."""
+    return stamp.rank * heads if stamp.heads is not None and heads < stamp.heads else 0
+
+
+def _score(options: dict[str, Any], first: int) -> Score:
     dropout = options.get("dropout") or 0.0
     return Score(
         scale=options.get("scaling"),
@@ -253,7 +258,7 @@ def _score(options: dict[str, Any], stamp: Stamp) -> Score:
         sinks=options.get("s_aux"),
         dropout=dropout,
         seed=int(torch.randint(2**31 - 1, ())) if dropout else None,  # checkpointing restores torch's generator
-        first_head=stamp.first_head,
+        first_head=first,
     )
 
 

@@ -131,6 +131,10 @@ class FastPlan(QuantizationConfigMixin):
         plan = SavedFastPlan(**given)
         return (plan, kwargs) if return_unused_kwargs else plan
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict: Transformers asks so when it is given a live model's config, from_pretrained(config=...)."""
+        return self.to_dict().get(name, default)
+
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"  # layer ranges keep their order
 

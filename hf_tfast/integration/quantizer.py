@@ -3,6 +3,7 @@
 A model whose weights hold no integers does not pretend to be quantised: `is_quantized` is False after loading.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,6 +11,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 
 from ._modules import parts_of
+from ._stamps import set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
 from .interface import NAME
 from .plan import FastPlan
@@ -52,6 +54,10 @@ class FastQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.quantization_config = saved(self.quantization_config)
         attach(model, self, self.implementation)
+        if (getattr(model, "tp_size", None) or 1) > 1:
+            manager: Any = model._mesh_manager
+            for module, stamp in stamped_modules(model):
+                set_stamp(module, replace(stamp, rank=manager.get_mesh("tp").get_local_rank()))
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

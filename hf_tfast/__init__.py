@@ -17,6 +17,7 @@ _HOMES = {
     "hf_tfast.attention.quantized": ("Quantized",),
     "hf_tfast.attention.random": ("Random",),
     "hf_tfast.attention.window": ("Window",),
+    "hf_tfast.integration._attention_map": ("attention_map",),
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),
     "hf_tfast.integration.plan": ("FastPlan",),
     "hf_tfast.integration.report": ("attention_report",),

@@ -54,7 +54,7 @@ _PACKING = (
     "seq_idx",
 )  # say again what the mask says
 _REFUSED = {
-    "output_attentions": "weights are never formed; use hf_tfast.integration.attention_map for chosen rows",
+    "output_attentions": "weights are never formed; use hf_tfast.attention_map for chosen rows",
     "head_mask": "no mechanism can honour it; remove it",
     "position_bias": "a bias of [heads, queries, keys] is dense; this model cannot run fast attention",
     "cache": "continuous batching supports Transformers' own attention only",

@@ -154,25 +154,27 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     parts += ["## Finding passages", markdown(passage_rows(results)), _passage_words(results)]
     if results["training"]:
         parts += ["## The same time of training", markdown(training_rows(results)), _training_words(results)]
-    equal = "equal to the last bit" if reload["equal"] else f"NOT equal: off by {reload['largest_difference']:.3g}"
-    parts += [
-        "## Saved and reloaded",
-        f"`model/` was loaded in a fresh process and ran on texts of {', '.join(map(str, reload['tokens']))} tokens: "
-        f"all states are {equal}.",
-        f"```python\n{FRESH}```",
-    ]
-    if (sentences := reload["sentence_transformers"]) is not None:
-        parts += [
-            f"With sentence-transformers {sentences['version']} in a fresh process the vectors of the same texts are "
-            f"{'the same' if sentences['same'] else 'NOT the same'} (largest difference of an entry "
-            f"{sentences['largest_difference']:.1e}):",
-        ]
-    else:
-        parts += ["sentence-transformers is not installed, so this use of the folder was not checked in this run:"]
+    plain, sentences = reload_words(reload)
+    parts += ["## Saved and reloaded", f"{plain}:", f"```python\n{FRESH}```", f"{sentences}:"]
     parts += [f"```python\n{FRESH_SENTENCES}```", "## Measured on", describe(results["environment"])]
     parts += [f"`{results['environment']['command']}`, {results['seconds']:.0f} s in all."]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def reload_words(reload: dict[str, Any]) -> tuple[str, str]:
+    """What was found of the saved folder in fresh processes: with plain AutoModel, and with SentenceTransformer."""
+    lengths = ", ".join(map(str, reload["tokens"]))
+    equal = "equal to the last bit" if reload["equal"] else f"NOT equal: off by {reload['largest_difference']:.3g}"
+    plain = f"Loaded in a fresh process with plain AutoModel, on texts of {lengths} tokens, all states are {equal}"
+    if (found := reload["sentence_transformers"]) is None:
+        return (
+            plain,
+            "sentence-transformers is not installed, so its way to load the folder was not checked in this run",
+        )
+    same = "the same" if found["same"] else "NOT the same"
+    version, gap = found["version"], found["largest_difference"]
+    return plain, f"With sentence-transformers {version} the vectors are {same} (largest difference {gap:.1e})"
 
 
 def _corpus_words(corpus: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -14,9 +14,10 @@ Differs  nothing.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..backends.blocks import Layout, attend_tiles
 from ..backends.score import Score
 from ._base import Mask, Mechanism
 
@@ -33,7 +34,15 @@ class Dense(Mechanism):
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
-        return self.reference(q, k, v, mask, score)
+        plain = score.softcap is None and score.sinks is None and not score.dropout and not mask.start
+        i, j = q.shape[2], k.shape[2]
+        if plain and (i == j or i == 1 or not mask.causal):  # its causal flag aligns queries with the first keys
+            causal, grouped = mask.causal and i > 1, q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=score.scale, enable_gqa=grouped)
+        layout = Layout(
+            near=lambda i, j: (i >= 0) & (j >= 0), before=j, after=0 if mask.causal else j, causal=mask.causal
+        )
+        return attend_tiles(q, k, v, layout, score, start=int(mask.start), kept=int(mask.kept))
 
     def full(self, length: int) -> "Dense":
         return self

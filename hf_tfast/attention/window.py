@@ -11,15 +11,14 @@ Source   Beltagy et al., "Longformer", section 3.1, https://arxiv.org/abs/2004.0
          Streaming Language Models with Attention Sinks", section 3.2, https://arxiv.org/abs/2309.17453
 Padding  exact, left, right and packed: the sinks are the first valid tokens of each document.
 Causal   yes
-Differs  sinks keep the position they were written with; in an encoder they also read everything, as Longformer's global
-         tokens do, but with the same projections.
+Differs  sinks keep the position they were written with; in an encoder they also read everything, as Longformer's
+         global tokens do, but with the same projections.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..backends.blocks import Layout, attend_tiles
@@ -48,18 +47,21 @@ class Window(Mechanism):
         """The band around the diagonal."""
         return i - j < self.window if causal else (i - j).abs() <= self.window
 
+    def layout(self, causal: bool) -> Layout:
+        """The same pattern, for the tiles."""
+        return Layout(
+            near=partial(self.near, causal=causal),
+            before=self.window - 1 if causal else self.window,
+            after=0 if causal else self.window,
+            sinks=self.sinks,
+            open_sinks=not causal,
+            causal=causal,
+        )
+
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
-        layout = Layout(
-            near=partial(self.near, causal=mask.causal),
-            before=self.window - 1 if mask.causal else self.window,
-            after=0 if mask.causal else self.window,
-            sinks=self.sinks,
-            open_sinks=not mask.causal,
-            causal=mask.causal,
-        )
-        return attend_tiles(q, k, v, layout, score, start=int(mask.start), kept=int(mask.kept))
+        return attend_tiles(q, k, v, self.layout(mask.causal), score, start=int(mask.start), kept=int(mask.kept))
 
     def full(self, length: int) -> "Window":
         return replace(self, window=max(length, 1))

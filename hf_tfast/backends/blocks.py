@@ -30,7 +30,9 @@ def attend_tiles(
     Differentiable once, in q, k, v and score.sinks. ValueError where a cache dropped keys that the pattern reads.
     """
     if start and layout.sinks > kept:
-        raise ValueError(f"the first {layout.sinks} keys are read, but a sliding cache dropped {start} and kept {kept}")
+        raise ValueError(
+            f"the first {layout.sinks} keys are read, but a sliding cache dropped {start} and kept {kept}"
+        )
     wide = q.device.type == "cpu" and q.dtype == torch.float16  # CPUs multiply fp16 slowly, and accumulate in fp16
     if wide:
         q, k, v = q.float(), k.float(), v.float()
@@ -42,7 +44,7 @@ def attend_tiles(
 class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
-        ctx.save_for_backward(q, k, v, sinks)
+        ctx.save_for_backward(q, k, v, sinks)  # type: ignore[arg-type]
         ctx.call = call  # type: ignore[attr-defined]
         o = q.new_empty(*q.shape[:3], v.shape[-1])
         scratch = _Scratch()
@@ -72,7 +74,7 @@ class _Tiles(torch.autograd.Function):
 
 
 class _Scratch:
-    """Buffers that all tiles of a pass share: fresh memory for each would cost more in page faults than the matmuls."""
+    """Buffers that all tiles of a pass share: the page faults of fresh memory would cost more than the matmuls."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
@@ -87,9 +89,7 @@ class _Scratch:
 class _Work:
     """The arithmetic of one tile. With sink logits the tile has one more key: zeros, whose scores are these logits."""
 
-    def __init__(
-        self, tile: Tile, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scratch: _Scratch
-    ) -> None:
+    def __init__(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scratch: _Scratch) -> None:
         self.tile, self.score, self.sinks, self.scratch = tile, tile.call.score, sinks, scratch
         self.scale = self.score.factor(q.shape[-1])
         n, m, w = tile.size
@@ -99,8 +99,9 @@ class _Work:
         torch.mul(tile.queries(q), self.scale, out=self.q.view(*tile.shape, q.shape[-1]))
         self.k, self.v = self.like("k", (n, self.columns), k), self.like("v", (n, self.columns), v)
         for source, into in ((k, self.k), (v, self.v)):
-            tile.load(source, into[:, :w])
-            into[:, w:] = 0
+            tile.load(source, into if sinks is None else into[:, :w])
+            if sinks is not None:
+                into[:, w:] = 0
         self.slope: Tensor | None = None  # of the softcap
 
     def like(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class _Work:
             dp.mul_(keep)
             dropped = keep.mul_(p)
         out = torch.bmm(dropped.mT, rows, out=self.like("dv", (tile.size[0], self.columns), grad))
-        tile.add(dv, out[:, :w])
+        tile.add(dv, out if self.columns == w else out[:, :w])
         ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
         if dsinks is not None:
             by_head = tile.split(ds)[..., -1:].to(dsinks.dtype)
@@ -157,4 +158,4 @@ class _Work:
         out = torch.bmm(ds, self.k, out=self.like("dq", tile.size[:2], dq)).mul_(self.scale)
         tile.queries(dq).copy_(tile.split(out))
         out = torch.bmm(ds.mT, self.q, out=self.like("dk", (tile.size[0], self.columns), dq))
-        tile.add(dk, out[:, :w])
+        tile.add(dk, out if self.columns == w else out[:, :w])

@@ -1,11 +1,11 @@
 """The geometry of tiles: which queries go together, which keys they read, where their results go.
 
-A tile is a run of queries that read one common set of keys. Most tiles of a band see the same mask and a run of keys at
-a fixed offset: many of them are one batched matmul over an overlapping view of the keys, without a copy (`Band`). Tiles
-near the borders slice their keys (`Edge`), tiles with listed blocks gather them (`Listed`).
+A tile is a run of queries that read one common set of keys. Most tiles of a band see the same mask and a run of keys
+at a fixed offset: many of them are one batched matmul (`Band`). Tiles near the borders slice their keys (`Edge`),
+tiles with listed blocks gather them (`Listed`).
 
 Axes   b batch, h query heads, g key/value heads, i queries, j keys, n tiles, c queries in a tile, w keys of a tile,
-       u query heads that share the keys of a tile, m = u c rows of a tile, so that grouped heads need no copies of keys.
+       u query heads that share the keys of a tile, m = u c rows of a tile: grouped heads need no copies of keys.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,10 +65,9 @@ class Call:
         self.kept = kept if start else 0  # the band may not reach across the gap by index
         self.groups = self.h // self.g
         self.offset = self.j - self.i
-
-    def positions(self, index: Tensor) -> Tensor:
-        """Positions of key indices."""
-        return torch.where(index < self.kept, index, index + self.start) if self.start else index
+        self.at = torch.arange(self.j, device=q.device)  # positions of the keys
+        if start:
+            self.at[self.kept :] += start
 
     def tiles(self) -> Iterator["Tile"]:
         """Every query in exactly one tile."""
@@ -99,17 +98,36 @@ class Call:
     def _listed(self, lists: Tensor, query: int) -> Iterator["Tile"]:
         table, c = Table(self, lists.to(self.device)), self.layout.block
         units = self.g if len(lists) == 1 else self.h  # tiles are shared by the heads that share lists and keys
-        cuts = [query, *range(-(-(query + self.offset + 1) // c) * c - self.offset, self.i, c), self.i]
+        cuts = self._cuts(query, c)
+        ends = set(cuts)
         for unit in range(units):
             for b in range(self.b):
                 n = 0
                 while n < len(cuts) - 1:
-                    size = cuts[n + 1] - cuts[n]
-                    many = table.chunk((cuts[n] + self.offset) // c, unit) if size == c else 1
-                    many = min(many, max(1, (self.i - cuts[n]) // c)) if size == c else 1
-                    if size:
-                        yield Listed(self, table, (b, unit), slice(cuts[n], cuts[n] + many * size), many)
+                    size, block = cuts[n + 1] - cuts[n], self.position(cuts[n]) // c
+                    most = table.chunk(block, unit) if size == c else 1
+                    many = 1
+                    while (
+                        many < most
+                        and cuts[n + many] + c in ends
+                        and self.position(cuts[n + many]) // c == block + many
+                    ):
+                        many += 1  # whole blocks that follow one another go together
+                    yield Listed(self, table, (b, unit), slice(cuts[n], cuts[n] + many * size), many)
                     n += many
+
+    def position(self, query: int) -> int:
+        """The position of a query."""
+        slot = query + self.offset
+        return slot + self.start if slot >= self.kept else slot
+
+    def _cuts(self, query: int, c: int) -> list[int]:
+        """Queries at which a block of positions begins, or the gap ends, from `query` to the end."""
+        shift = self.offset + self.start
+        gap = min(max(self.kept - self.offset, 0), self.i)
+        before = range(-(-self.offset // c) * c - self.offset, gap, c)
+        behind = range(-(-(gap + shift) // c) * c - shift, self.i, c)
+        return sorted({query, self.i, *(cut for cut in (*before, gap, *behind) if query < cut < self.i)})
 
 
 class Tile:
@@ -120,10 +138,10 @@ class Tile:
 
     call: Call
     size: tuple[int, int, int]  # n, m, w
-    heads: Tensor
-    batch: Tensor
     i: Tensor
     j: Tensor
+    heads: Tensor
+    batch: Tensor
 
     def queries(self, x: Tensor) -> Tensor:
         """[b h i d] -> [.. u c d], a view."""
@@ -160,14 +178,21 @@ class Edge(Tile):
     def __init__(self, call: Call, rows: slice, keys: slice) -> None:
         self.call, self.rows = call, rows
         firsts = min(call.kept if call.start else call.layout.sinks, keys.start)
-        self.parts = [keys] if not firsts else [slice(0, keys.stop)] if firsts == keys.start else [slice(0, firsts), keys]
-        slots = torch.arange(call.j, device=call.device)
-        self.i = call.positions(slots[rows.start + call.offset : rows.stop + call.offset])[:, None]
-        self.j = call.positions(torch.cat([slots[part] for part in self.parts]))
-        self.heads = torch.arange(call.h, device=call.device).view(1, call.g, call.groups, 1, 1)
-        self.batch = torch.arange(call.b, device=call.device).view(-1, 1, 1, 1, 1)
+        self.parts = (
+            [keys] if not firsts else [slice(0, keys.stop)] if firsts == keys.start else [slice(0, firsts), keys]
+        )
+        self.i = call.at[rows.start + call.offset : rows.stop + call.offset, None]
+        self.j = torch.cat([call.at[part] for part in self.parts]) if len(self.parts) > 1 else call.at[self.parts[0]]
         self.size = (call.b * call.g, call.groups * len(self.i), len(self.j))
         self.hidden = call.layout.hidden(self.i, self.j)
+
+    @property
+    def heads(self) -> Tensor:  # type: ignore[override]
+        return torch.arange(self.call.h, device=self.call.device).view(1, self.call.g, self.call.groups, 1, 1)
+
+    @property
+    def batch(self) -> Tensor:  # type: ignore[override]
+        return torch.arange(self.call.b, device=self.call.device).view(-1, 1, 1, 1, 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -177,13 +202,13 @@ class Edge(Tile):
         return x[:, :, self.rows].unflatten(1, (self.call.g, self.call.groups))
 
     def load(self, x: Tensor, into: Tensor) -> None:
-        into, done = into.view(self.call.b, self.call.g, -1, x.shape[-1]), 0
+        into, done = into.unflatten(0, (self.call.b, self.call.g)), 0
         for part in self.parts:
             into[:, :, done : done + part.stop - part.start] = x[:, :, part]
             done += part.stop - part.start
 
     def add(self, total: Tensor, part: Tensor) -> None:
-        part, done = part.view(self.call.b, self.call.g, -1, part.shape[-1]), 0
+        part, done = part.unflatten(0, (self.call.b, self.call.g)), 0
         for keys in self.parts:
             total[:, :, keys] += part[:, :, done : done + keys.stop - keys.start]
             done += keys.stop - keys.start
@@ -201,9 +226,15 @@ class Band(Tile):
         self.rows = slice(query, query + n * self.c)
         self.low = query + call.offset - call.layout.before
         self.w = call.layout.before + self.c + call.layout.after
-        self.heads = shared.heads + at[1] * call.groups
-        self.batch = torch.tensor(at[0], device=call.device)
         self.size = (n, call.groups * self.c, self.w + call.layout.sinks)
+
+    @property
+    def heads(self) -> Tensor:  # type: ignore[override]
+        return self.shared.heads + self.at[1] * self.call.groups
+
+    @property
+    def batch(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.at[0], device=self.call.device)
 
     @property
     def i(self) -> Tensor:  # type: ignore[override]
@@ -225,10 +256,13 @@ class Band(Tile):
         return mine.unflatten(1, (self.n, self.c)).transpose(0, 1)
 
     def load(self, x: Tensor, into: Tensor) -> None:
-        row, d = x[self.at], x.shape[-1]
-        runs = row.as_strided((self.n, self.w, d), (self.c * d, d, 1), row.storage_offset() + self.low * d)
-        into[:, : self.w] = runs
-        into[:, self.w :] = row[: self.call.layout.sinks]
+        d, (b, g) = x.shape[-1], self.at
+        first = x.storage_offset() + b * x.stride(0) + g * x.stride(1)
+        runs = x.as_strided((self.n, self.w, d), (self.c * d, d, 1), first + self.low * d)
+        if self.call.layout.sinks:
+            into, beside = into.split((self.w, self.call.layout.sinks), 1)
+            beside.copy_(x[b, g, : self.call.layout.sinks])
+        into.copy_(runs)
 
     def add(self, total: Tensor, part: Tensor) -> None:
         wide = torch.promote_types(part.dtype, torch.float32)
@@ -272,11 +306,9 @@ class Table:
 
     def __init__(self, call: Call, lists: Tensor) -> None:
         lay, size = call.layout, call.layout.block
-        count = -(-call.j // size)
-        if call.start:
-            raise ValueError("listed blocks need all keys in the cache, but a sliding cache has dropped some")
+        count = -(-(call.j + call.start) // size)
         if lists.shape[1] < count:
-            raise ValueError(f"the lists cover {lists.shape[1] * size} positions, but there are {call.j} keys")
+            raise ValueError(f"the lists cover {lists.shape[1] * size} positions, but there are {call.j + call.start}")
         a = torch.arange(count, device=call.device)
         band = a[:0].expand(count, 0)
         if lay.near:
@@ -304,7 +336,7 @@ class Table:
 
 
 class Listed(Tile):
-    """n tiles of one batch row that gather their own blocks of keys: one query head, or all that share lists and keys."""
+    """n tiles of one batch row that gather their blocks of keys: one query head, or all that share lists and keys."""
 
     def __init__(self, call: Call, table: Table, at: tuple[int, int], rows: slice, n: int) -> None:
         self.call, self.rows, self.n = call, rows, n
@@ -312,20 +344,28 @@ class Listed(Tile):
         b, unit = at
         self.at = (b, unit if shared else unit // call.groups)
         self.head = slice(unit * call.groups, (unit + 1) * call.groups) if shared else slice(unit, unit + 1)
-        tile = (rows.start + call.offset) // size
+        tile = call.position(rows.start) // size
         lists = slice(tile, tile + n)
         most = max(1, *table.most[0 if shared else unit][lists])
         blocks = table.blocks[0 if shared else unit, lists, :most]  # [n most]
         inside = torch.arange(size, device=call.device)
         keys = blocks[..., None] * size + inside  # [n most size]
-        self.index = keys.clamp_max(call.j - 1).flatten()  # [n * w]
+        slots = torch.where(keys < call.kept, keys, keys - call.start)  # a sliding cache has dropped those in between
+        absent = (slots >= call.j) | ((slots < call.kept) & (keys >= call.kept))
+        self.index = slots.clamp(0, call.j - 1).flatten()  # [n * w]
         self.size = (n, (self.head.stop - self.head.start) * self.c, most * size)
-        self.i = torch.arange(rows.start, rows.stop, device=call.device).view(n, 1, self.c, 1) + call.offset
+        self.i = call.at[rows.start + call.offset : rows.stop + call.offset].view(n, 1, self.c, 1)
         self.j = keys.flatten(1)[:, None, None]
-        self.heads = torch.arange(self.head.start, self.head.stop, device=call.device).view(-1, 1, 1)
-        self.batch = torch.tensor(b, device=call.device)
         listed = table.listed[0 if shared else unit, lists, :most, None].expand(-1, -1, size).flatten(1)[:, None, None]
-        self.hidden = call.layout.hidden(self.i, self.j, listed) | (self.j >= call.j)
+        self.hidden = call.layout.hidden(self.i, self.j, listed) | absent.flatten(1)[:, None, None]
+
+    @property
+    def heads(self) -> Tensor:  # type: ignore[override]
+        return torch.arange(self.head.start, self.head.stop, device=self.call.device).view(-1, 1, 1)
+
+    @property
+    def batch(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.at[0], device=self.call.device)
 
     @property
     def shape(self) -> tuple[int, ...]:

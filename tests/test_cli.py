@@ -8,6 +8,7 @@ import pytest
 
 from hf_tfast import cli, quickstart
 from hf_tfast.attention import mechanisms
+from hf_tfast.benchmarking import speed
 from hf_tfast.benchmarking.catalogue import BEGIN, END, markdown_table
 
 BENCH = ["bench", "--lengths", "20,40", "--dtypes", "fp32", "--passes", "forward", "--heads", "2", "--width", "8"]
@@ -17,6 +18,7 @@ BENCH = ["bench", "--lengths", "20,40", "--dtypes", "fp32", "--passes", "forward
 def tfast(monkeypatch, capsys, tmp_path):
     """Call the command in a folder of its own; returns (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "SAMPLE", 1e-4)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["tfast", *map(str, arguments)])

@@ -23,7 +23,8 @@ def targets() -> list[Target]:
     """Causal Window(256) at 8 heads x 64: long, short, and everything awkward at once.
 
     The awkward case (left padding, 8 query on 2 key/value heads, sinks, an odd length) has to keep 0.8 of the factor
-    that the plain one has; it is held against SDPA that ignores the padding, the fastest one there is.
+    that the plain one has; it is held against SDPA that ignores the padding, the fastest one there is. The padding is
+    short, so that leaving it out, which SDPA then does not do, is worth nothing.
     """
     base = Case(length=16384, heads=8, kv_heads=8, width=64, causal=True)
     plain, awkward = Window(window=256), Window(window=256, sinks=4)
@@ -37,7 +38,7 @@ def targets() -> list[Target]:
         case = replace(base, dtype=dtype, passes=passes)
         found.append(Target(replace(case, length=1024), plain, 0.9))
         found.append(Target(case, plain, factor))
-        found.append(Target(replace(case, length=16385, kv_heads=2, left_padding=1000), awkward, 0.8 * factor))
+        found.append(Target(replace(case, length=16385, kv_heads=2, left_padding=37), awkward, 0.8 * factor))
     return found
 
 

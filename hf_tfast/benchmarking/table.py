@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Record = dict[str, Any]
-COLUMNS = ("L", "attention", "ms, median", "quartiles", "against SDPA", "peak MiB")
+COLUMNS = ("L", "attention", "ms", "quartiles", "against SDPA", "peak MiB")
 PASSES = {"forward": "forward", "both": "forward and backward"}
 _SIZE = ("dtype", "passes", "causal", "heads", "kv_heads", "width", "batch", "level", "left_padding", "device")
 
@@ -92,7 +92,8 @@ def terminal_tables(records: Sequence[Record]) -> "list[Table]":
         caption = "\n".join([*verdicts(same), *notes])
         table = Table(title=heading, title_justify="left", caption=escape(caption), caption_justify="left")
         for name in COLUMNS:
-            table.add_column(name, justify="left" if name == "attention" else "right", overflow="fold")
+            names = name == "attention"
+            table.add_column(name, justify="left" if names else "right", overflow="fold", no_wrap=names)
         length = None
         for r in same:
             if length not in (None, r["length"]):

@@ -8,11 +8,17 @@ import pytest
 from hf_tfast import Dense, Window
 from hf_tfast.attention import mechanisms
 from hf_tfast.benchmarking import bench as runs
+from hf_tfast.benchmarking import speed
 from hf_tfast.benchmarking.bench import Output, bench, bench_suite, grid, parse_mechanisms
 from hf_tfast.benchmarking.suites import SUITES, Target
 from hf_tfast.benchmarking.workload import Case
 
 TINY = Case(length=20, heads=2, kv_heads=1, width=8)
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    monkeypatch.setattr(speed, "SAMPLE", 1e-4)
 
 
 def quiet(text):

@@ -16,6 +16,7 @@ _HOMES = {
     "hf_tfast.attention.graph": ("Graph",),
     "hf_tfast.attention.quantized": ("Quantized",),
     "hf_tfast.attention.random": ("Random",),
+    "hf_tfast.attention.svd": ("SVD",),
     "hf_tfast.attention.window": ("Window",),
     "hf_tfast.integration._attention_map": ("attention_map",),
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),

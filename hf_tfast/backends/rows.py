@@ -28,7 +28,7 @@ class Rows:
 
     causal    query t reads keys up to j - i + t only.
     at        [j] positions of the keys, None for 0 to j - 1: dropout, whose draws are by position, needs them.
-    chosen    None, or [b h i n] int64: the keys that each query reads, -1 for none.
+    chosen    None, or [b h i n] integer: the keys that each query reads, -1 for none.
     products  None, or (first, stop, keys) -> [b g m n] of q . k, unscaled: a cheaper way to the same numbers that q
               and k give, from codes; the gradient is that of q k^T.
     weights   None, or the dtype that weights are rounded to before they meet the values; gradients pass through.
@@ -193,4 +193,4 @@ def group(x: Tensor, g: int) -> Tensor:
 def scatter(chosen: Tensor, keys: int) -> Tensor:
     """[b h c n] key indices, -1 for none -> [b h c keys] bool."""
     seen = torch.zeros(*chosen.shape[:-1], keys + 1, dtype=torch.bool, device=chosen.device)
-    return seen.scatter_(-1, chosen.where(chosen >= 0, keys), True)[..., :keys]
+    return seen.scatter_(-1, chosen.where(chosen >= 0, keys).long(), True)[..., :keys]

@@ -158,6 +158,77 @@ def quickstart(
         _print_json(result)
 
 
+@app.command()
+def fidelity(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder; default: a small real encoder.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text file, or JSONL of documents; default: Python's documentation.")
+    ] = None,
+    mechanism: Annotated[
+        list[str] | None,
+        typer.Option(help="window, over its budgets, or window:window=64,sinks=1. Repeatable; all by default."),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a document; positions are extended to it.")] = 4096,
+    documents: Annotated[int, typer.Option(help="The longest documents are taken.")] = 4,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    update: Annotated[Path | None, typer.Option(help="Renew the table between the markers of this page.")] = None,
+    plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plot of error over density.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure how near mechanisms come to dense attention, in every layer of a model on real text."""
+    from .benchmarking import fidelity as measured
+    from .benchmarking.terminal import progress, show_fidelity
+    from .quickstart.corpus import load_corpus
+    from .quickstart.encoder import DEMO_NAME, demo_folder
+
+    if corpus is not None and corpus.suffix != ".jsonl":
+        texts, source = [corpus.read_text(encoding="utf-8")], corpus.name
+    else:
+        found = load_corpus(corpus)
+        texts, source = [document.text for document in found.documents], found.source
+    request = measured.Request(
+        model=model or str(demo_folder()), name=model or DEMO_NAME, texts=texts, corpus=source,
+        who=measured.parse(mechanism or []), length=length, documents=documents,
+        out=out, overwrite=overwrite, plots=plots,
+    )  # fmt: skip
+    with progress(as_json) as report:
+        folder, records = measured.fidelity(request, report)
+    if update is not None:
+        measured.renew(update, measured.markdown(records))
+    if as_json:
+        _print_json({"folder": str(folder), "records": records})
+    else:
+        show_fidelity(records, folder)
+
+
+@app.command()
+def inspect(
+    text: Annotated[str, typer.Option(help="What the model reads; @file reads a file.")],
+    out: Annotated[Path, typer.Option(help="PNG to make.")],
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder; default: a small real encoder.")] = None,
+    layer: Annotated[int, typer.Option(help="Number of the layer, from 0.")] = 0,
+    head: Annotated[int, typer.Option(help="Number of the head, from 0.")] = 0,
+    stack: Annotated[str | None, typer.Option(help="encoder or decoder, where a model has both.")] = None,
+    mechanism: Annotated[str, typer.Option(help="A pattern of pairs, such as window, topk or hashed.")] = "window",
+    field: Annotated[list[str] | None, typer.Option(help="Of the mechanism: window=64. Repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a head's dense attention weights beside the pairs that a mechanism reads."""
+    from .benchmarking.fidelity import parse
+    from .benchmarking.inspect import inspect as picture
+    from .quickstart.encoder import demo_folder
+
+    chosen = parse([f"{mechanism}:{','.join(field or [])}"])[0]
+    read = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
+    figures = picture(model or str(demo_folder()), read, chosen, out, layer=layer, head=head, stack=stack)
+    if as_json:
+        _print_json({"file": str(out), **figures})
+    else:
+        print(f"{out}: {figures['tokens']} tokens, {figures['density']:.1%} of the pairs are read, "
+              f"with {figures['recall']:.1%} of the dense weight")  # fmt: skip
+
+
 GRID_OPTIONS = (
     "mechanism", "field", "lengths", "dtypes", "passes", "causal", "heads", "kv_heads", "width", "batch",
     "left_padding",

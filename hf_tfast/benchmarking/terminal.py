@@ -64,3 +64,25 @@ def target_table(targets: Sequence[dict[str, Any]]) -> Table:
         colour, word = ("green", "met") if t["met"] else ("red", "missed")
         table.add_row(escape(t["case"]), f"{t['target']:g}x", reached, f"[{colour}]{escape(t['note'] or word)}[/]")
     return table
+
+
+def show_fidelity(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """How near each mechanism came to dense attention, and where it was written."""
+    from .environment import describe
+    from .fidelity import summaries
+
+    table = Table(title="against dense attention, mean of layers", title_justify="left")
+    table.add_column("mechanism", overflow="fold")
+    for name in ("density", "recall", "error", "worst layer", "cosine"):
+        table.add_column(name, justify="right")
+    share = lambda x: "-" if x is None else f"{x:.1%}"  # noqa: E731
+    for s in summaries(records):
+        figures = (share(s.density), share(s.recall), f"{s.error:.3g}", f"{s.worst:.3g}", f"{s.cosine:.4f}")
+        table.add_row(escape(s.label), *figures)
+    console = Console()
+    console.print(table)
+    for record in records:
+        if record["kind"] == "skipped":
+            console.print(f"{record['label']}: skipped, {record['why']}", highlight=False)
+    console.print(f"Machine: {describe(records[0])}", highlight=False, style="dim")
+    console.print(f"Written to {folder}", highlight=False)

@@ -123,10 +123,11 @@ def _measure(console: Console, folder: Path, settings: dict[str, Any], window: W
     for line in verdicts(results):
         console.print(f"  {line}", highlight=False)
     longest = max(corpus.documents, key=lambda d: len(d.text)).text
-    with steps(console, "saving the fast model and loading it in a fresh process", 1):
+    with steps(console, "saving the fast model and loading it in a fresh process", 1) as bar:
         save_encoder(contest.fast, folder / "model")
         texts = [longest, corpus.documents[0].text, corpus.queries[0][0]]
         results["reload"] = check_reload(contest.fast, folder / "model", texts)
+        bar.to(1)
     _say_reload(console, results["reload"])
     results["environment"] = environment()
     measured = "\n\n".join(markdown(rows) for rows in (retrieval_rows(results), passage_rows(results)))

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-torch.set_num_threads(
-    1
-)  # tests are small: waking a second thread costs more than it gives, ten times on a busy machine
+torch.set_num_threads(1)  # tests are small: on a busy machine waking a second thread costs ten times what it gives
 
 
 def _poisoned(make):

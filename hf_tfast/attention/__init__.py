@@ -39,7 +39,8 @@ def attend(
         score = replace(score, seed=int(torch.randint(2**31 - 1, ())))
     chosen = choose_backend(mechanism, backend)
     run = mechanism.reference if chosen == "reference" else partial(_fast, mechanism, chosen)
-    return over_full_rows(run, q, k, v, mask, score)
+    with torch.autocast(q.device.type, enabled=False):  # its matmuls would go below the precision that q asks for
+        return over_full_rows(run, q, k, v, mask, score)
 
 
 def choose_backend(mechanism: Mechanism, backend: str) -> str:

@@ -78,15 +78,19 @@ def _takes_other_states(cls: Any) -> bool:
     return any(name in names for name in ("key_value_states", "encoder_hidden_states"))
 
 
+def _called_cross(cls: Any, path: str) -> bool:
+    return "cross" in cls.__name__.lower() or _CROSS_PATH.search(path) is not None
+
+
 def is_cross(module: nn.Module, path: str = "") -> bool | None:
     """Is this attention module cross-attention? None where neither its class, its flags nor its path tell."""
     cls: Any = type(module)
     flag = getattr(module, "is_cross_attention", None)
     if isinstance(flag, bool):
         return flag
-    if "cross" in cls.__name__.lower() or _CROSS_PATH.search(path):
+    if _called_cross(cls, path):
         return True
-    if getattr(module, "is_causal", None) is True or not _takes_other_states(cls):
+    if getattr(module, "is_causal", None) is True or not _takes_other_states(cls) or "self" in path.split(".")[-1]:
         return False
     if getattr(module, "is_decoder", None) is True:  # one class for both, as in BART: in a decoder, not causal
         return True
@@ -130,6 +134,8 @@ def survey(model: PreTrainedModel) -> Survey:
     served = [path for path, _ in attention]
     outside: dict[str, list[str]] = {}
     for path, module in _outermost(named):
+        if "pool" in type(module).__name__.lower() or _called_cross(type(module), path):
+            continue  # pooling by attention and cross-attention stay dense anyway
         if not any(_inside(p, path) or _inside(path, p) for p in served):
             reason = f"{path} ({type(module).__name__}): does not call Transformers' attention interface"
             outside.setdefault(stack_of(path), []).append(reason)

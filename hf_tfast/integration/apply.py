@@ -1,6 +1,7 @@
 """apply_plan and remove_plan: put a plan on a live model and take it off. Weights are never touched."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..attention import Mechanism
+from ..attention import Mechanism, mechanisms
 from ..attention.dense import Dense
 from ._modules import Found, Survey, heads_of, parts_of, survey
 from ._positions_check import guard_positions, unguard_positions
@@ -39,6 +40,7 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
             "call remove_plan(model) first, or start from the dense checkpoint"
         )
     _check_whole(model)
+    _own_configs(model)
     implementation = stamp_model(model, plan, dense=_implementation(model.config))
     from .quantizer import FastQuantizer  # the quantiser applies plans itself
 
@@ -82,13 +84,15 @@ def stamp_model(
     _check_layers(found, plan, planned)
     for stack in planned:
         if found.outside.get(stack) and _asks_for_more(found, plan, stack, planned):
-            listed = "\n  ".join(found.outside[stack][:4])
+            listed, layers = "\n  ".join(found.outside[stack][:4]), found.layers(stack)
+            remedy = f"\nName the layers that a plan reaches: {stack}.{layers[0]} for instance" if layers else ""
             raise ValueError(
                 f"{type(model).__name__} has attention that a plan cannot reach (it would stay dense silently):\n"
-                f"  {listed}"
+                f"  {listed}{remedy}"
             )
     if not any(f.kind == "self" and f.stack in planned for f in found.found):
         raise ValueError(f"{type(model).__name__} has no self-attention that goes through Transformers' interface")
+    _check_causal(found, plan, planned)
     if dense not in ("sdpa", "eager"):
         raise ValueError(f"dense layers of a plan run 'sdpa' or 'eager', got attn_implementation={dense!r}")
     for f in found.found:
@@ -132,6 +136,15 @@ def _saved_implementation(config: PreTrainedConfig, planned: set[int]) -> str | 
     if id(config) in planned:
         return {"": NAME, **subs} if getattr(config, "sub_configs", {}) else NAME
     return subs
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Give the model config objects of its own: two models made from one config object share it."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, deepcopy(value, copies))
 
 
 def _planned_stacks(found: Survey, plan: FastPlan) -> list[str]:
@@ -186,6 +199,17 @@ def _check_layers(found: Survey, plan: FastPlan, planned: list[str]) -> None:
                 raise ValueError(
                     f"the plan names layers {layers.text!r}, but {stack} has self-attention in layers {span}"
                 )
+
+
+def _check_causal(found: Survey, plan: FastPlan, planned: list[str]) -> None:
+    for f in found.found:
+        mechanism = _mechanism(plan, f, planned)
+        causal = getattr(f.module, "is_causal", False) is True
+        if causal and not mechanism.causal and getattr(getattr(f.module, "config", None), "is_causal", True):
+            able = ", ".join(name for name, cls in mechanisms().items() if cls.causal)
+            raise ValueError(
+                f"{f.path} is causal, and {mechanism.name} has no causal form; mechanisms that have: {able}"
+            )
 
 
 def _asks_for_more(found: Survey, plan: FastPlan, stack: str, planned: list[str]) -> bool:

@@ -119,8 +119,8 @@ def _dispatch(
                 f"{stamp.path}: a dense 4-D mask came after the cache had been bounded to the window; give it from "
                 "the first call on (the cache then keeps everything), or a 2-D mask [batch, length]"
             )
-        mechanism = within(stamp.mechanism, options.get("sliding_window"), Mask(causal=causal), k.shape[2])
-        o = masked_attention(q, k, v, mechanism, given, Mask(causal=causal), score)
+        # as in Transformers, a dense mask stands for all masks, the model's own window included
+        o = masked_attention(q, k, v, stamp.mechanism, given, Mask(causal=causal), score)
         return _done(module, o, stamp.mechanism, "dense mask", Mask(causal=causal), q, k)
     row = None if given is None else read_row(given).on(k.shape[0])
     if bounded is not None:
@@ -307,7 +307,7 @@ def _check_positions(options: dict[str, Any], call: _Call, row: Tensor | None) -
     if packed or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != i or i == 1:
         return
     valid = None if call.mask.valid is None else call.mask.valid[:, -i:]
-    if remembered(ids, "_tfast_restarts", lambda: _restarts(ids, valid)):
+    if remembered(ids, "_tfast_restarts", lambda: _restarts(ids, None)) and _restarts(ids, valid):
         raise ValueError(
             "position_ids restart within a row, but the mask holds no packed documents: Transformers finds them only "
             "without attention_mask and without a cache (use_cache=False, no past_key_values)"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_tfast import Dense, FastPlan, Window, apply_plan, attention_report, remove_plan
+from hf_tfast import Dense, FastPlan, Random, Window, apply_plan, attention_report, remove_plan
 from hf_tfast.integration._stamps import last_run, stamped_modules
 from hf_tfast.testing import assert_near
 from tests.integration.tiny_models import FAMILIES, REFUSED, inputs, output, tiny
@@ -97,6 +97,15 @@ def test_sinks_inside_a_models_own_window(name):
         masks = {"full_attention": _bias(seen), "sliding_attention": _bias(near)}
         expected = output(model, {**given, "attention_mask": masks})
     assert_near(fast, expected, name)
+
+
+def test_a_pattern_without_an_exact_intersection_is_refused():
+    model = apply_plan(tiny("gemma2"), FastPlan(attention=Random(window=4, sinks=1, blocks=1, block=4)))
+    output(model, inputs("gemma2", length=12))  # inside the model's own window there is nothing to intersect
+    with pytest.raises(ValueError, match="its own sliding window of 12"):
+        output(model, inputs("gemma2", length=13))
+    both = {"0": Window(window=4), "1": Random(window=4, sinks=1, blocks=1, block=4)}
+    output(apply_plan(remove_plan(model), FastPlan(attention=both)), inputs("gemma2", length=40))
 
 
 def _bias(seen: Tensor) -> Tensor:

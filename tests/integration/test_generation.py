@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_tfast import Dense, FastPlan, Window, apply_plan
+from hf_tfast import Dense, FastPlan, Random, Window, apply_plan
 from hf_tfast.testing import assert_near
 from tests.integration.tiny_models import inputs, output, tiny, tokens
 
@@ -12,6 +12,7 @@ PLANS = {
     "window": FastPlan(attention=Window(window=6)),
     "sinks": FastPlan(attention=Window(window=5, sinks=3)),
     "mixed": FastPlan(attention={"0": Dense(), "1-": Window(window=6, sinks=1)}),
+    "random": FastPlan(attention=Random(window=4, sinks=1, blocks=1, block=4)),
 }
 STRATEGIES = {
     "greedy": {"do_sample": False},
@@ -61,7 +62,7 @@ def test_static_cache_with_a_sliding_window(name):
     assert torch.equal(_generate(model, ids, attention_mask=valid, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("plan", ["sinks", "mixed"])
+@pytest.mark.parametrize("plan", ["sinks", "mixed", "random"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_chunked_prefill_equals_one_prefill(plan, cache):
     """One token at a time, then seven, then the rest: the logits of one forward."""

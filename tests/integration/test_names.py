@@ -1,4 +1,4 @@
-"""`attn_implementation="tfast_<mechanism>"` without a plan, what the dispatcher refuses, and that nothing is patched."""
+"""`attn_implementation="tfast_<mechanism>"` without a plan, what the dispatcher refuses, and imports."""
 
 import logging
 import subprocess
@@ -11,9 +11,9 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from hf_tfast import FastPlan, Window, apply_plan, attention_report
-from hf_tfast.attention import mechanisms
+from hf_tfast.attention import Score, mechanisms
 from hf_tfast.integration import interface
-from hf_tfast.testing import assert_near
+from hf_tfast.testing import Shape, assert_near, naive_attention, qkv
 from tests.integration.tiny_models import FAMILIES, GPT2, SMALL, TEXT, inputs, output, tiny, tokens
 
 
@@ -120,6 +120,17 @@ def test_arguments_that_would_be_ignored_are_refused(option, message):
     _call(output_attentions=False, head_mask=None, use_cache=True, dropout=0.0, scaling=0.5)
     with pytest.raises(ValueError, match=message):
         _call(**option)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_that_only_the_argument_tells(causal):
+    """Without a mask the model's window is known from `sliding_window`, which counts the query itself on both sides."""
+    q, k, v = qkv(Shape(j=9), "argument", causal)
+    options = {"is_causal": causal, "sliding_window": 3}
+    got, _ = interface._dispatch("tfast_dense", torch.nn.Module(), (q, k, v), None, options)
+    i, j = torch.arange(9)[:, None], torch.arange(9)
+    seen = (i - j < 3) & (j <= i) if causal else (i - j).abs() < 3
+    assert_near(got.transpose(1, 2), naive_attention(q, k, v, seen, Score()), f"causal {causal}")
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart", "whisper", "vit"])

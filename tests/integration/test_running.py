@@ -3,15 +3,16 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_tfast import Dense, FastPlan, Window, apply_plan, attention_report
-from hf_tfast.attention import Score
+from hf_tfast import Dense, FastPlan, Window, apply_plan, attention_report, remove_plan
 from hf_tfast.integration._stamps import last_run, stamp_of, stamped_modules
+from hf_tfast.integration.interface import first_head
 from hf_tfast.testing import assert_near
 from tests.integration.tiny_models import inputs, output, tiny, tokens
 
@@ -28,6 +29,18 @@ def test_two_models_with_different_plans_in_two_threads():
         for n, future in enumerate(futures):
             assert torch.equal(future.result(), expected[n % 2])
     assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+def test_models_made_from_one_config_object_do_not_meet():
+    config = tiny("llama").config
+    one, two = (type(tiny("llama"))(config).eval() for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    given = inputs("llama")
+    expected = output(two, given)
+    apply_plan(one, NARROW)
+    assert torch.equal(output(two, given), expected)
+    assert (output(one, given) - expected).abs().max() > 1e-3
+    assert len({id(module.config) for module in one.modules() if hasattr(module, "config")}) == 1
 
 
 def test_copies_keep_their_plan():
@@ -127,19 +140,17 @@ def test_trainer_three_steps_and_reload(tmp_path):
     assert last_run(again.model.layers[0].self_attn).mechanism == Window(window=5, sinks=1)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_compiled_gives_the_same_numbers(name):
-    model = apply_plan(tiny(name), NARROW)
-    given = inputs(name)
+def test_compiled_gives_the_same_numbers():
+    """One layer, padded: compiling takes nearly all of this file's time."""
+    model = tiny("llama")
+    model.model.layers = model.model.layers[:1]
+    given = inputs("llama")
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     given["attention_mask"][0, :6] = 0
-    expected = output(model, given)
+    expected = output(apply_plan(model, NARROW), given)
     torch._dynamo.reset()
-    compiled = torch.compile(model)
-    assert_near(output(compiled, given), expected, name)
-    assert_near(
-        output(compiled, {"input_ids": given["input_ids"]}), output(model, {"input_ids": given["input_ids"]}), name
-    )
+    assert_near(output(torch.compile(model), given), expected, "compiled")
+    assert (output(remove_plan(model), given) - expected).abs().max() > 1e-3
     torch._dynamo.reset()
 
 
@@ -183,15 +194,10 @@ def test_a_module_that_never_asks_the_interface_is_caught():
 
 def test_tensor_parallel_ranks_draw_by_global_head():
     """The stamp holds the rank; the first head follows from the heads that this rank has."""
-    model = apply_plan(tiny("llama"), NARROW)
-    stamp = stamp_of(model.model.layers[0].self_attn)
+    stamp = stamp_of(apply_plan(tiny("llama"), NARROW).model.layers[0].self_attn)
     assert stamp.heads == 4
-    from hf_tfast.integration.interface import first_head
-
     assert [first_head(stamp, heads) for heads in (4, 2)] == [0, 0]
-    second = copy.replace(stamp, rank=1) if hasattr(copy, "replace") else type(stamp)(**{**vars(stamp), "rank": 1})
-    assert [first_head(second, heads) for heads in (4, 2)] == [0, 2]
-    assert Score(first_head=2).first_head == 2
+    assert [first_head(replace(stamp, rank=1), heads) for heads in (4, 2)] == [0, 2]
 
 
 def test_report_counts_pairs_and_prints():

@@ -150,9 +150,9 @@ class WindowLayer(DynamicLayer):
             return [slice(0, self.sinks), slice(keys - self.recent, keys)]
         near = self.position > self.position.amax(-1, keepdim=True) - self.recent
         needed = (self.position >= 0) & (near | (self.position < self.sinks))
-        count = int(needed.sum(-1).amax())
+        count = int(needed.sum(-1).amax())  # a row that needs fewer has no more tokens: padding fills it up
         order = needed.long().argsort(dim=-1, stable=True)[:, keys - count :]
-        self.position = torch.where(needed, self.position, -1).gather(1, order)
+        self.position = self.position.gather(1, order)
         order = order[:, None, :, None].to(self.keys.device)
         self.keys = self.keys.gather(2, order.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
         self.values = self.values.gather(2, order.expand(-1, self.values.shape[1], -1, self.values.shape[3]))

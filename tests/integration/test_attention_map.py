@@ -93,6 +93,18 @@ def test_a_window_s_weights_are_those_of_eager_under_its_mask(kind, window):
         assert not got[:, ~seen].any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wide_window_s_weights_are_eager_s(kind):
+    """With the model's own sliding window, softcap and sink logits taken in."""
+    oracle = build(kind, "eager").float()
+    model = apply_plan(build(kind, "eager").float(), FastPlan(attention=Window(window=64)))
+    inputs = batch()
+    with torch.no_grad():
+        wanted = oracle(**inputs, output_attentions=True).attentions
+    for layer in (0, 1):
+        check_equal(attention_map(model, inputs, layer, 3), wanted[layer][:, 3], inputs["attention_mask"].bool())
+
+
 CAUSAL = [name for name, cls in mechanisms().items() if cls.causal]
 
 

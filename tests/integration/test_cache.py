@@ -172,19 +172,18 @@ def test_beams(pads):
     assert max(stored(layers_of(bounded.past_key_values) and bounded.past_key_values)) <= 4 + 8 + ROLLBACK
 
 
-@pytest.mark.parametrize("pads", [[0, 0, 0], [0, 5, 9]], ids=str)
+@pytest.mark.parametrize("pads", [[0, 0, 0], [0, 5, 9], [0, 36, 38]], ids=str)
 def test_rows_can_be_chosen_and_repeated(monkeypatch, pads):
     monkeypatch.setattr(cache_module, "ROLLBACK", 2)
     model = build("llama", Window(window=8, sinks=2))
     inputs = prompt(pads, length=40)
-    mask = inputs["attention_mask"]
-    step = {"input_ids": torch.tensor([[7], [8], [9]])}
-    caches = DynamicCache(), DynamicCache()
-    models = model, unbounded(model)
+    mask, caches, models = inputs["attention_mask"], (DynamicCache(), DynamicCache()), (model, unbounded(model))
     changes = [
-        (lambda c: c.batch_select_indices(torch.tensor([2, 0, 1])), torch.tensor([2, 0, 1])),
-        (lambda c: c.reorder_cache(torch.tensor([1, 1, 0])), torch.tensor([1, 1, 0])),
-        (lambda c: (c.batch_select_indices(torch.tensor([0])), c.batch_repeat_interleave(3)), torch.tensor([0, 0, 0])),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda c: c.batch_select_indices(torch.tensor([5, 3, 0])), [5, 3, 0]),
+        (lambda c: c.reorder_cache(torch.tensor([1, 0, 0])), [1, 0, 0]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda c: c.batch_select_indices([True, False, True, True, True, False]), [0, 2, 3, 4]),
     ]
     with torch.no_grad():
         for m, c in zip(models, caches, strict=True):
@@ -193,12 +192,10 @@ def test_rows_can_be_chosen_and_repeated(monkeypatch, pads):
             for c in caches:
                 change(c)
             mask = mask[order]
-            for _ in range(6):
-                mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
-                one, two = (
-                    m(**step, attention_mask=mask, past_key_values=c).logits
-                    for m, c in zip(models, caches, strict=True)
-                )
+            for _ in range(4):
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+                step = {"input_ids": torch.randint(5, WORDS, (len(mask), 1)), "attention_mask": mask}
+                one, two = (m(**step, past_key_values=c).logits for m, c in zip(models, caches, strict=True))
                 torch.testing.assert_close(one, two, rtol=0.0, atol=1e-9)
     assert max(stored(caches[0])) < 20 < stored(caches[1])[0]
 

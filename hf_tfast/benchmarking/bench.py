@@ -11,10 +11,10 @@ from ..attention import Mechanism, mechanism_from_dict, mechanisms
 from .environment import busy, environment
 from .environment import describe as describe_machine
 from .folder import check_new, fresh_name, new_folder
-from .plot import need_matplotlib, plot
+from .plot import has_lengths, need_matplotlib, plot
 from .speed import Timing, measure
 from .suites import SUITES, Target, judge, verdict_lines
-from .table import markdown
+from .table import groups, markdown
 from .workload import SDPA, SDPA_MASKED, Case, Competitor, label
 
 MARK = "results.jsonl"
@@ -129,7 +129,7 @@ def _write(target: Path, records: Sequence[dict[str, Any]], output: Output) -> P
         verdicts = [r for r in records if r["kind"] == "target"]
         parts = [*verdict_lines(verdicts), ""] if verdicts else []
         (folder / "table.md").write_text("\n".join([*parts, markdown(records)]))
-        if output.plots and len({r["length"] for r in records if r["kind"] == "timing"}) > 1:
+        if output.plots and any(has_lengths(same) for _, same in groups(records)):
             machine = describe_machine(records[0])
             for value in ("time", "memory"):
                 plot(records, folder / f"{value}.png", value, machine)

@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         "cpu_flags": sorted(_cpu_flags() & set(TELLING)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "cpu_in_use": round(psutil.cpu_percent(interval=0.3) / 100, 2),
         "ram_gib": round(_total_memory() / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
@@ -41,11 +41,13 @@ def environment() -> dict[str, Any]:
 
 
 def busy(record: dict[str, Any]) -> str | None:
-    """A warning where other processes held more than half of the cores when the record was made, else None."""
-    load, cores = record["load"], record["cores"]
-    if load is None or load <= cores / 2:
+    """A warning where others used over a quarter of the processor when the record was made, else None."""
+    if record["cpu_in_use"] <= 0.25:
         return None
-    return f"this machine is busy (load {load} on {cores} cores): timings are worth little, of short calls least"
+    return (
+        f"this machine was busy at the start ({record['cpu_in_use']:.0%} of the processor in use): "
+        "timings are worth little, of short calls least"
+    )
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -54,7 +56,7 @@ def describe(record: dict[str, Any]) -> str:
     flags = ", ".join(record["cpu_flags"])
     versions = record["versions"]
     return (
-        f"{record['cpu']} ({flags}), {record['cores']} cores, {record['threads']} threads, load {record['load']}, "
+        f"{record['cpu']} ({flags}), {record['cores']} cores, {record['threads']} threads, "
         f"{record['ram_gib']} GiB{gpus}; "
         f"Python {record['python']}, torch {versions['torch']}, transformers {versions['transformers']}; "
         f"commit {record['commit'] or 'unknown'}; {record['time']}"

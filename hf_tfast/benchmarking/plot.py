@@ -39,12 +39,12 @@ def need_matplotlib() -> None:
 
 
 def plot(records: Sequence[Record], path: Path, value: str = "time", subtitle: str = "") -> None:
-    """Write the PNG of `value` ("time" or "memory"). Skipped cases have no point."""
+    """Write the PNG of `value` ("time" or "memory"). Skipped cases have no point, and one length no panel."""
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = groups(records)
+    panels = [(title, same) for title, same in groups(records) if has_lengths(same)]
     columns = min(len(panels), 2)
     rows = -(-len(panels) // max(columns, 1))
     figure = Figure(figsize=(7.0 * columns, 4.6 * rows + 0.5), layout="constrained")
@@ -59,6 +59,11 @@ def plot(records: Sequence[Record], path: Path, value: str = "time", subtitle: s
     if subtitle:
         figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=7, color="0.4")
     figure.savefig(path, dpi=130)
+
+
+def has_lengths(records: Sequence[Record]) -> bool:
+    """Is there more than one length to draw a line over?"""
+    return len({r["length"] for r in records if r.get("kind") == "timing"}) > 1
 
 
 def _common_title(panels: list[tuple[str, list[Record]]]) -> str:

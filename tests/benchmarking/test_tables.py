@@ -144,6 +144,6 @@ def test_commit_is_that_of_this_checkout(monkeypatch):
     assert machine.commit() is None  # a package inside another repository has no commit of its own
 
 
-@pytest.mark.parametrize(("load", "said"), [(0.4, False), (1.1, True), (None, False)])
-def test_a_busy_machine_is_said(load, said):
-    assert bool(machine.busy({"load": load, "cores": 2})) is said
+@pytest.mark.parametrize(("share", "said"), [(0.05, False), (0.6, True)])
+def test_a_busy_machine_is_said(share, said):
+    assert bool(machine.busy({"cpu_in_use": share})) is said

@@ -8,7 +8,6 @@ views, cut by `split` so that the backward pass is one concatenation; only holes
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -39,7 +38,8 @@ def over_full_rows(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score:
     elif _single(mask.start) and _single(mask.kept) and _full(documents):
         return run(q, k, v, Mask(causal=mask.causal, start=_of_row(mask.start, 0), kept=_of_row(mask.kept, 0)), score)
     rows = zip(q.unbind(), k.unbind(), v.unbind(), documents.unbind(), strict=True)
-    o = torch.stack([_row(run, *row, mask, score, b) for b, row in enumerate(rows)])
+    outputs = [_row(run, *row, mask, score, b) for b, row in enumerate(rows)]
+    o = torch.stack(outputs) if len(outputs) > 1 else outputs[0][None]  # a view: long rows are costly to copy
     return o if o.requires_grad or not torch.is_grad_enabled() else _tied(o, q, k, v, score.sinks)
 
 
@@ -83,10 +83,11 @@ def _row(run: Run, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, mask: Mas
 def _pieces(documents: Tensor, queries: int, order: Tensor | None = None) -> list[Piece]:
     """The runs of equal document in [j]; a key is also a query when its slot (`order` after sorting) is a last one."""
     first = documents.shape[0] - queries
-    slots = range(documents.shape[0]) if order is None else order.tolist()
-    runs = groupby(zip(documents.tolist(), slots, strict=True), key=lambda pair: pair[0])
-    sized = ((number, [slot >= first for _, slot in run]) for number, run in runs)
-    return [Piece(number, sum(is_query), len(is_query)) for number, is_query in sized]
+    slots = torch.arange(documents.shape[0], device=documents.device) if order is None else order
+    numbers, keys = documents.unique_consecutive(return_counts=True)
+    ends = (slots >= first).cumsum(0)[keys.cumsum(0) - 1] if len(slots) else keys
+    ends = ends.diff(prepend=ends.new_zeros(1))
+    return [Piece(*run) for run in zip(numbers.tolist(), ends.tolist(), keys.tolist(), strict=True)]
 
 
 def _tied(o: Tensor, *inputs: Tensor | None) -> Tensor:

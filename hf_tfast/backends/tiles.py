@@ -314,7 +314,8 @@ class Table:
         if lay.near:
             low = ((a * size - lay.before).div(size, rounding_mode="floor")).clamp_min(0)
             high = ((a + 1) * size - 1 + lay.after).div(size, rounding_mode="floor").clamp_max(count - 1)
-            band = low[:, None] + torch.arange((lay.before + lay.after) // size + 2, device=call.device)
+            reach = -(-lay.before // size) - (-lay.after // size) + 1  # blocks that a band touches, its own included
+            band = low[:, None] + torch.arange(reach, device=call.device)
             band = band.masked_fill(band > high[:, None], ABSENT)
         firsts = torch.arange(-(-lay.sinks // size), device=call.device).expand(count, -1)
         near = torch.cat([band, firsts], -1).expand(len(lists), -1, -1)

@@ -124,7 +124,7 @@ def test_arguments_that_would_be_ignored_are_refused(option, message):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_that_only_the_argument_tells(causal):
-    """Without a mask the model's window is known from `sliding_window`, which counts the query itself on both sides."""
+    """Without a mask the model's window is known from `sliding_window`, which counts the query itself."""
     q, k, v = qkv(Shape(j=9), "argument", causal)
     options = {"is_causal": causal, "sliding_window": 3}
     got, _ = interface._dispatch("tfast_dense", torch.nn.Module(), (q, k, v), None, options)

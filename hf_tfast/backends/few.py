@@ -1,0 +1,145 @@
+"""Softmax attention between many positions and few: many queries over few keys, and few queries over many keys.
+
+The scores of a chunk of the many with all of the few are one batched matmul; forward keeps one number per query, and
+backward recomputes the chunk (Dao et al., "FlashAttention", section 3.1), so memory is linear in the many. Everything
+is computed in at least fp32, chunk by chunk: bf16 inputs are never widened whole.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+__all__ = ["few_keys", "few_queries"]
+
+ELEMENTS = 2**19  # scores computed at a time: they stay in the cache between two passes
+
+
+def few_keys(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Many queries q [b h i d] over few keys k [b g j d], v [b g j e] or [b h j e] -> [b h i e] in the dtype of q.
+
+    `bias` [h j] is added to the scores, after the softcap. k, v and bias are read and differentiated in at least fp32.
+    Differentiable once, in q, k, v and bias.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        h, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
+        k, v = (_heads(x.to(wide), h) for x in (k, v))
+        bias = None if bias is None else bias.to(wide).repeat(q.shape[0], 1)[:, None]
+        o = _FewKeys.apply(q.flatten(0, 1), k * scale, v, bias, softcap)
+        return o.unflatten(0, q.shape[:2])
+
+
+def few_queries(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Few queries q [b h i d] over many keys k [b g j d], v [b g j e] -> [b h i e] in at least fp32.
+
+    The queries that share a key head are rows of one matmul. `sinks` [h] are logits that carry no value.
+    Differentiable once, in q, k, v and sinks.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        b, g = k.shape[:2]
+        rows = (q.to(torch.promote_types(q.dtype, torch.float32)) * scale).reshape(b * g, -1, q.shape[-1])
+        o, lse = _FewQueries.apply(rows, k.flatten(0, 1), v.flatten(0, 1), softcap)
+        o, lse = o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
+        return o if sinks is None else o * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]
+
+
+def _heads(x: Tensor, h: int) -> Tensor:
+    """[b g j d] -> [b h j d] as [n j d]: for the few only."""
+    return x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1)
+
+
+def _chunks(length: int, others: int) -> list[slice]:
+    """Chunks of `length` positions, each of which meets `others` in all."""
+    size = max(64, ELEMENTS // max(others, 1))
+    return [slice(at, min(at + size, length)) for at in range(0, length, size)]
+
+
+def _scores(q: Tensor, k: Tensor, softcap: float | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Scores [n i j], and the slope of the softcap where there is one."""
+    scores, slope = torch.bmm(q, k.mT), None
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_()
+        slope = 1 - scores.square()
+        scores = scores.mul_(softcap)
+    return scores if bias is None else scores.add_(bias), slope
+
+
+class _FewKeys(torch.autograd.Function):
+    """Queries in any dtype, chunked; keys (scaled), values and bias [n 1 j] in at least fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)  # type: ignore[arg-type]
+        ctx.softcap = softcap  # type: ignore[attr-defined]
+        o = q.new_empty(*q.shape[:2], v.shape[-1])
+        for at in _chunks(q.shape[1], k.shape[0] * k.shape[1]):
+            scores, _ = _scores(q[:, at].to(k.dtype), k, softcap, bias)
+            o[:, at] = torch.bmm(scores.softmax(-1), v)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors  # type: ignore[attr-defined]
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        with torch.autocast(q.device.type, enabled=False):
+            for at in _chunks(q.shape[1], k.shape[0] * k.shape[1]):
+                rows, up = q[:, at].to(k.dtype), grad[:, at].to(k.dtype)
+                scores, slope = _scores(rows, k, ctx.softcap, bias)  # type: ignore[attr-defined]
+                p = scores.softmax(-1)
+                dv.baddbmm_(p.mT, up)
+                ds = torch.ops.aten._softmax_backward_data(torch.bmm(up, v.mT), p, -1, p.dtype)
+                if dbias is not None:
+                    dbias += ds.sum(1, keepdim=True)
+                ds = ds if slope is None else ds.mul_(slope)
+                dq[:, at] = torch.bmm(ds, k)
+                dk.baddbmm_(ds.mT, rows)
+        return dq, dk, dv, dbias, None
+
+
+class _FewQueries(torch.autograd.Function):
+    """Queries (scaled) in at least fp32; keys and values in any dtype, chunked, merged by a running maximum."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        o = q.new_zeros(*q.shape[:2], v.shape[-1])
+        total = q.new_zeros(*q.shape[:2], 1)
+        top = torch.full_like(total, torch.finfo(q.dtype).min)
+        for at in _chunks(k.shape[1], q.shape[0] * q.shape[1]):
+            scores, _ = _scores(q, k[:, at].to(q.dtype), softcap)
+            higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+            decay = (top - higher).exp()
+            p = scores.sub_(higher).exp_()
+            total = total * decay + p.sum(-1, keepdim=True)
+            o = torch.baddbmm(o * decay, p, v[:, at].to(q.dtype))
+            top = higher
+        o, lse = o / total, top + total.log()
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.softcap = softcap  # type: ignore[attr-defined]
+        return o, lse[..., 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        dq = torch.zeros_like(q)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        rest = dlse[..., None] - (grad * o).sum(-1, keepdim=True)
+        with torch.autocast(q.device.type, enabled=False):
+            for at in _chunks(k.shape[1], q.shape[0] * q.shape[1]):
+                keys = k[:, at].to(q.dtype)
+                scores, slope = _scores(q, keys, ctx.softcap)  # type: ignore[attr-defined]
+                p = scores.sub_(lse).exp_()
+                dv[:, at] = torch.bmm(p.mT, grad)
+                ds = torch.bmm(grad, v[:, at].to(q.dtype).mT).add_(rest).mul_(p)
+                ds = ds if slope is None else ds.mul_(slope)
+                dq.baddbmm_(ds, keys)
+                dk[:, at] = torch.bmm(ds.mT, q)
+        return dq, dk, dv, None

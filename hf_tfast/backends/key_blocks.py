@@ -39,7 +39,8 @@ class Grid:
     def of(at: Tensor, block: int) -> "Grid":
         """The grid of keys at the ascending positions `at` [j]."""
         number, slot = torch.unique_consecutive(at // block, return_inverse=True)
-        keys = torch.full((len(number), block), len(at), device=at.device)
+        widest = min(block, int(at[-1]) + 1)  # a block may be longer than the row
+        keys = torch.full((len(number), widest), len(at), device=at.device)
         keys[slot, at % block] = torch.arange(len(at), device=at.device)
         return Grid(block, number, keys, slot, at)
 

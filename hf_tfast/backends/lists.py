@@ -224,33 +224,37 @@ class _Lists(torch.autograd.Function):
             _read(call, tiles, (flat_q, flat_k, flat_v), (top, total, o))
         some = total > 0
         o = o.div_(total.where(some, 1.0))[:-1].view(call.b, call.h, call.i, call.e)
-        lse = (top + total.log()).masked_fill_(
-            ~some, float("inf")
-        )  # exp(s - inf) = 0: a row without keys has no weights
+        lse = (top + total.log()).masked_fill_(~some, float("inf"))  # a row without keys: exp(s - inf) = 0
         lse[-1] = float("inf")
-        ctx.save_for_backward(q, k, v, sinks, o, lse)
+        ctx.save_for_backward(q, k, v, sinks, o, lse)  # type: ignore[arg-type]
         ctx.call = call  # type: ignore[attr-defined]
         return o.to(v.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        call: _Call = ctx.call  # type: ignore[attr-defined]
-        factor = call.score.factor(call.d)
-        flat_q, flat_k, flat_v, do = call.padded(q, factor), _flat(k), _flat(v), call.padded(grad)
-        delta = torch.zeros_like(lse)
-        torch.sum(do[:-1] * o.reshape(-1, call.e), -1, keepdim=True, out=delta[:-1])
-        dq = torch.zeros_like(flat_q)
-        dk, dv = torch.zeros_like(flat_k, dtype=call.wide), torch.zeros_like(flat_v, dtype=call.wide)
-        for tiles in call.lists:
-            _read_back(call, tiles, (flat_q, flat_k, flat_v, do, lse, delta), (dq, dk, dv))
-        dsinks = None
-        if sinks is not None:
-            share = (call.sink_logits(sinks)[:, None] - lse[:-1]).exp() * -delta[:-1]
-            dsinks = share.view(call.b, call.h, call.i).sum((0, 2)).to(sinks.dtype)
-        dq = dq[:-1].mul_(factor).view(q.shape).to(q.dtype)
-        return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dsinks, None
+        with torch.autocast(grad.device.type, enabled=False):  # backward may run inside one
+            return _gradients(ctx.call, grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
+
+
+def _gradients(
+    call: _Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, sinks and, None, the call."""
+    factor = call.score.factor(call.d)
+    flat_q, flat_k, flat_v, do = call.padded(q, factor), _flat(k), _flat(v), call.padded(grad)
+    delta = torch.zeros_like(lse)
+    torch.sum(do[:-1] * o.reshape(-1, call.e), -1, keepdim=True, out=delta[:-1])
+    dq = torch.zeros_like(flat_q)
+    dk, dv = torch.zeros_like(flat_k, dtype=call.wide), torch.zeros_like(flat_v, dtype=call.wide)
+    for tiles in call.lists:
+        _read_back(call, tiles, (flat_q, flat_k, flat_v, do, lse, delta), (dq, dk, dv))
+    dsinks = None
+    if sinks is not None:
+        share = (call.sink_logits(sinks)[:, None] - lse[:-1]).exp() * -delta[:-1]
+        dsinks = share.view(call.b, call.h, call.i).sum((0, 2)).to(sinks.dtype)
+    dq = dq[:-1].mul_(factor).view(q.shape).to(q.dtype)
+    return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dsinks, None
 
 
 def _read(call: _Call, tiles: Tiles, inputs: tuple[Tensor, ...], running: tuple[Tensor, Tensor, Tensor]) -> None:

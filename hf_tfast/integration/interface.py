@@ -103,13 +103,16 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
 def _dispatch(
     name: str, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], given: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    stamp = _stamp(name, module)
+    stamp = _stamp(name, module, given)
     _refuse(options, module)
-    q, k, v = qkv
+    q, k, v = _autocast(*qkv)
     bounded = window_layer(module)
     causal = options.get("is_causal")
     if causal is None:
-        causal = getattr(module, "is_causal", True)
+        causal = getattr(module, "is_causal", None)
+    if causal is None and stamp.kind == "self" and (given is None or is_dense_mask(given)):
+        raise ValueError(f"{type(module).__name__} has no mask and does not say whether it is causal; use 'sdpa'")
+    causal = bool(causal)
     score = _score(options, first_head(stamp, q.shape[1]))
     if stamp.kind == "cross":
         return _cross(module, stamp, q, k, v, given, score)
@@ -132,6 +135,15 @@ def _dispatch(
         o, weights = eager_attention(module, q, call.k, call.v, seen, options)
         return _done(module, o.transpose(1, 2), stamp.mechanism, "eager", call.mask, q, call.k)[0], weights
     return _run(module, call)
+
+
+def _autocast(*qkv: Tensor) -> tuple[Tensor, ...]:
+    """As Transformers' sdpa under autocast: queries and keys that a norm left in fp32 meet values of the lower dtype."""
+    device = qkv[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return qkv
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in qkv)
 
 
 def _run(module: nn.Module, call: _Call) -> tuple[Tensor, None]:
@@ -169,6 +181,10 @@ def _cross(
     if given is not None and is_dense_mask(given):
         o = masked_attention(q, k, v, Dense(), given, Mask(), score)
     else:
+        if _causal_row(given):
+            raise ValueError(
+                f"{stamp.path} was taken for cross-attention, but its mask is causal; it cannot have a plan"
+            )
         mask = Mask() if given is None else read_row(given).on(k.shape[0]).mask
         if mask.segments is not None:
             raise ValueError(
@@ -178,7 +194,7 @@ def _cross(
     return _done(module, o, Dense(), "sdpa", Mask(), q, k)
 
 
-def _stamp(name: str, module: nn.Module) -> Stamp:
+def _stamp(name: str, module: nn.Module, given: Tensor | None = None) -> Stamp:
     """The plan's stamp; for a mechanism's own name, its default fields on self-attention."""
     stamp = stamp_of(module)
     if name == NAME:
@@ -193,7 +209,7 @@ def _stamp(name: str, module: nn.Module) -> Stamp:
     if stamp is not None:  # the name was asked for explicitly and wins over the plan; the stamp knows what is crossed
         kind, path, layer = stamp.kind, stamp.path, stamp.layer
     else:
-        crossed = is_cross(module)
+        crossed = is_cross(module) and not _causal_row(given)  # no causal mask over another sequence
         if crossed is None:
             raise ValueError(
                 f"{type(module).__name__} serves self- and cross-attention, and this module does not say which it is; "
@@ -207,6 +223,10 @@ def _stamp(name: str, module: nn.Module) -> Stamp:
     _say_once(f"attn_implementation='{name}': {type(module).__name__} {kind}-attention runs "
               f"{Dense() if kind == 'cross' else mechanism}")  # fmt: skip
     return Stamp(path=path, stack="", layer=layer, kind=kind, mechanism=mechanism)
+
+
+def _causal_row(given: Tensor | None) -> bool:
+    return given is not None and not is_dense_mask(given) and read_row(given).causal is True
 
 
 @cache

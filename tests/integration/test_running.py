@@ -235,3 +235,14 @@ def test_report_of_a_model_without_a_plan():
     assert report.plan is None
     assert {row.implementation for row in report.layers} == {"sdpa"}
     assert {row.density for row in report.layers} == {1.0}
+
+
+def test_autocast_takes_what_sdpa_takes():
+    """Qwen3 norms queries and keys in fp32 under autocast, while its values stay in the lower dtype."""
+    model, ids = tiny("qwen3"), tokens(2, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits
+        logits = apply_plan(model, FastPlan(attention=Window(window=64)))(ids).logits
+        logits.float().sum().backward()
+    torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

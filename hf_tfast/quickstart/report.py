@@ -81,8 +81,10 @@ def verdicts(results: dict[str, Any]) -> list[str]:
     for key in ("dense", "chunked", "truncated"):
         rival = by[key]
         ratio = fast["documents_per_second"] / rival["documents_per_second"]
-        pace = f"{ratio:.2f}x as many documents a second as" if ratio >= 1 else f"only {ratio:.2f}x the documents of"
-        said.append(f"The fast plan reads {pace} “{rival['label']}”; {_compared('MRR', fast['mrr'], rival['mrr'])}.")
+        said.append(
+            f"The fast plan reads {ratio:.2f}x as many documents a second as “{rival['label']}”; "
+            f"{_compared('MRR', fast['mrr'], rival['mrr'])}."
+        )
     ways = {r["key"]: r for r in results["passages"]}
     what = "passage" if ways["fast"]["passage"] else "document"
     late, alone = ways["fast"][what]["mrr"], ways["alone"][what]["mrr"]
@@ -125,6 +127,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         x, y = row["documents_per_second"], row["mrr"]
         left.plot(x, y, "o", ms=9, color=colours[row["key"]], label=row["label"])
     left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
     left.margins(x=0.2, y=0.25)
     left.set_xlabel("documents per second (log scale)")
     left.set_ylabel("mean reciprocal rank")
@@ -135,6 +138,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             seconds, _, bits = zip(*row["curve"], strict=True)
             label = f"{row['key']}: {row['tokens']:,} tokens, held-out {row['held_out_bits_per_byte']:.2f}"
             axes.plot(seconds, bits, color=colour, lw=1.4, marker="." if len(bits) < 40 else None, label=label)
+        axes.set_xlim(left=0)
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("bits per byte of the step")
         axes.set_title("The same wall-clock budget of training", fontsize=10)

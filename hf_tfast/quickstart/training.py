@@ -47,7 +47,7 @@ class Learner:
     model: PreTrainedModel
     optimiser: torch.optim.Optimizer
     seconds: float = 0.0
-    slowest: float = 0.0
+    last: float = 0.0  # seconds of the latest step
     curve: list[tuple[float, int, float]] = field(default_factory=list)
 
     @property
@@ -115,7 +115,7 @@ def train_in_turns(
 ) -> None:
     """Train each for `seconds`, in turns of SLICE seconds and in alternating order.
 
-    A step is only begun when, by the slowest one so far, it would end within the budget; the first is always taken.
+    A step is only begun when, by the time of the one before, it would end within the budget; the first is always taken.
     data   [n length] uint8; every pass over it has its own order, drawn from `seed` and equal for all.
     dtype  what torch.autocast computes in; weights stay in float32.
     """
@@ -123,7 +123,7 @@ def train_in_turns(
     for turn in range(turns):
         until = seconds * (turn + 1) / turns
         for learner in contestants if turn % 2 == 0 else reversed(contestants):
-            while learner.seconds < until and learner.seconds + learner.slowest <= seconds:
+            while learner.seconds < until and learner.seconds + learner.last <= seconds:
                 _step(learner, data, dtype, seed, clock)
                 if steps is not None:
                     note = ", ".join(f"{c.key} {c.seen:,} bytes" for c in contestants)
@@ -145,7 +145,7 @@ def _step(learner: Learner, data: Tensor, dtype: torch.dtype, seed: int, clock: 
     bits = loss.item()  # waits for an accelerator
     took = clock() - start
     learner.seconds += took
-    learner.slowest = max(learner.slowest, took)
+    learner.last = took
     learner.curve.append((learner.seconds, learner.seen + data.shape[1], bits))
 
 

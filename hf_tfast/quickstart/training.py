@@ -115,7 +115,7 @@ def train_in_turns(
 ) -> None:
     """Train each for `seconds`, in turns of SLICE seconds and in alternating order.
 
-    A step is only begun when, by the time of the one before, it would end within the budget; the first is always taken.
+    A step is begun when it would end within the budget if it takes as long as the last; the first always is.
     data   [n length] uint8; every pass over it has its own order, drawn from `seed` and equal for all.
     dtype  what torch.autocast computes in; weights stay in float32.
     """

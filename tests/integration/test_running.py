@@ -240,9 +240,10 @@ def test_report_of_a_model_without_a_plan():
 def test_autocast_takes_what_sdpa_takes():
     """Qwen3 norms queries and keys in fp32 under autocast, while its values stay in the lower dtype."""
     model, ids = tiny("qwen3"), tokens(2, 40)
+    exact = model(ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(ids).logits
+        sdpa = model(ids).logits
         logits = apply_plan(model, FastPlan(attention=Window(window=64)))(ids).logits
         logits.float().sum().backward()
-    torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+    assert (logits - exact).abs().max() <= 2 * (sdpa - exact).abs().max()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -29,12 +29,11 @@ def other_fields(mechanism: Mechanism) -> Iterator[Mechanism]:
 
 
 def check_autocast(mechanism: Mechanism, dtype: torch.dtype, causal: bool, path: str = "torch") -> None:
-    """Under autocast, as Trainer runs, nothing is computed in less than the inputs call for."""
+    """Under autocast, as Trainer runs, nothing is computed in less than the inputs call for; backward is outside."""
     q, k, v = qkv(Shape(j=90), "autocast", dtype=dtype)
     run = through_attend(mechanism, Mask(causal=causal), path)
     plain = with_gradients(run, q, k, v, Score())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = with_gradients(run, q, k, v, Score())
+    cast = with_gradients(torch.autocast("cpu", dtype=torch.bfloat16)(run), q, k, v, Score())
     for name, want in plain.items():
         assert cast[name].dtype == dtype, f"autocast turns {name} into {cast[name].dtype}"
         assert torch.equal(cast[name], want), f"autocast changes {name}"

@@ -63,7 +63,8 @@ def attention_map(
     For a plan's layer these are the weights of its mechanism, by its reference; for a dense one those of softmax
     attention. Rows of tokens sum to 1 (less what a sink logit takes). Rows of padding are zeros under a plan, and else
     what the model computes for them. Dropout is left out. A mechanism that rounds values rounds the identity here.
-    The model runs once as it is. O(queries x keys) time and memory, for this one head.
+    The model runs once as it is. O(queries x keys) time and memory for the heads that share this one's
+    keys.
 
     ValueError for a layer, head or row that does not exist, and for layers that Transformers' attention interface does
     not reach.
@@ -86,7 +87,7 @@ def attention_map(
         raise ValueError(f"{found.path} has heads 0 to {call.q.shape[1] - 1}, got {head}")
     chosen = _rows(rows, call.q.shape[2]).to(call.q.device)
     weights = _dense_weights(call, head) if call.implementation in _DENSE else _plan_weights(call, head)
-    return weights[:, 0, chosen]
+    return weights[:, head % (call.q.shape[1] // call.k.shape[1]), chosen]
 
 
 def _find(model: PreTrainedModel, layer: int | str) -> Found:
@@ -167,32 +168,35 @@ def _noting(running: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return watched
 
 
-def _one_head(call: _Call, head: int, score: Score) -> tuple[Tensor, Tensor, Tensor, Score]:
-    """q [b 1 i d], k [b 1 j d] of the head in at least fp32, the identity [b 1 j j] as values, and its score."""
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    group = head // (call.q.shape[1] // call.k.shape[1])
-    q, k = call.q[:, head : head + 1].to(wide), call.k[:, group : group + 1].to(wide)
+def _one_group(call: _Call, head: int, score: Score) -> tuple[Tensor, Tensor, Tensor, Score, slice]:
+    """q [b s i d] of the s heads that share the head's keys, k [b 1 j d], in at least fp32, the identity [b 1 j j] as
+    values, and the group's score and heads. Mechanisms may draw per key head, so a group is not cut further."""
+    wide, shared = torch.promote_types(call.q.dtype, torch.float32), call.q.shape[1] // call.k.shape[1]
+    group = head // shared
+    heads = slice(group * shared, (group + 1) * shared)
+    q, k = call.q[:, heads].to(wide), call.k[:, group : group + 1].to(wide)
     identity = torch.eye(k.shape[2], dtype=wide, device=k.device).expand(len(k), 1, -1, -1)
-    sinks = None if score.sinks is None else score.sinks[head : head + 1]
-    return q, k, identity, replace(score, sinks=sinks, dropout=0.0, first_head=score.first_head + head)
+    sinks = None if score.sinks is None else score.sinks[heads]
+    score = replace(score, sinks=sinks, dropout=0.0, first_head=score.first_head + heads.start)
+    return q, k, identity, score, heads
 
 
 def _plan_weights(call: _Call, head: int) -> Tensor:
-    """[b 1 i j] by the reference of what the dispatcher would run; the steps are those of its `_dispatch`."""
+    """[b s i j] by the reference of what the dispatcher would run; the steps are those of its `_dispatch`."""
     stamp = _stamp(call.implementation, call.module)
     causal = call.options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
-    q, k, identity, score = _one_head(
+    q, k, identity, score, heads = _one_group(
         call, head, _score({**call.options, "dropout": 0.0}, first_head(stamp, call.q.shape[1]))
     )
     dense = call.mask is not None and is_dense_mask(call.mask)
     if stamp.kind == "cross":
         valid = None if call.mask is None or dense else read_row(call.mask).on(len(k)).mask.valid
-        seen = _of_head(call.mask, head) if dense else None if valid is None else valid[:, None, None]
+        seen = _of_heads(call.mask, heads) if dense else None if valid is None else valid[:, None, None]
         return _softmax(q, k, identity, seen, score)
     if dense:
         mechanism = within(stamp.mechanism, call.options.get("sliding_window"), Mask(causal=causal), k.shape[2])
-        return masked_attention(q, k, identity, mechanism, _of_head(call.mask, head), Mask(causal=causal), score)
+        return masked_attention(q, k, identity, mechanism, _of_heads(call.mask, heads), Mask(causal=causal), score)
     row = None if call.mask is None else read_row(call.mask).on(len(k))
     understood = _understand(stamp, q, k, identity, row, score, causal, call.options)
     mechanism = within(stamp.mechanism, understood.window, understood.mask, understood.k.shape[2])
@@ -201,26 +205,26 @@ def _plan_weights(call: _Call, head: int) -> Tensor:
 
 
 def _dense_weights(call: _Call, head: int) -> Tensor:
-    """[b 1 i j] of Transformers' own softmax attention, under the mask that it was given."""
+    """[b s i j] of Transformers' own softmax attention, under the mask that it was given."""
     options, mask = call.options, call.mask
     score = Score(scale=options.get("scaling"), softcap=options.get("softcap"), sinks=options.get("s_aux"))
-    q, k, identity, score = _one_head(call, head, score)
+    q, k, identity, score, heads = _one_group(call, head, score)
     i, j = q.shape[2], k.shape[2]
     causal = options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
     if mask is not None:
-        mask = _of_head(mask, head)[..., :j]
+        mask = _of_heads(mask, heads)[..., :j]
     elif causal and i > 1:
         mask = torch.ones(i, j, dtype=torch.bool, device=q.device).tril(j - i)[None, None]
     bias = options.get("position_bias")
-    return _softmax(q, k, identity, mask, score, None if bias is None else bias[:, head : head + 1])
+    return _softmax(q, k, identity, mask, score, None if bias is None else bias[:, heads])
 
 
-def _of_head(mask: Tensor | None, head: int) -> Tensor:
-    """A dense mask [b, h or 1, i, j] for one head."""
+def _of_heads(mask: Tensor | None, heads: slice) -> Tensor:
+    """A dense mask [b, h or 1, i, j] for some heads."""
     if mask is None:
         raise ValueError("expected a mask")
-    return mask if mask.shape[1] == 1 else mask[:, head : head + 1]
+    return mask if mask.shape[1] == 1 else mask[:, heads]
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, score: Score, bias: Tensor | None = None) -> Tensor:

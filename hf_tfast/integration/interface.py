@@ -138,7 +138,7 @@ def _dispatch(
 
 
 def _autocast(*qkv: Tensor) -> tuple[Tensor, ...]:
-    """As Transformers' sdpa under autocast: queries and keys that a norm left in fp32 meet values of the lower dtype."""
+    """As sdpa under autocast: queries and keys that a norm left in fp32 meet values of the lower dtype."""
     device = qkv[0].device.type
     if not torch.is_autocast_enabled(device):
         return qkv

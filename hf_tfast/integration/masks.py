@@ -1,7 +1,8 @@
 """What Transformers' masks say, as one integer word per key: O(L), never L x L.
 
-`key_row` is registered as the mask function of every `tfast` name. It returns None where nothing is masked, or a row
-[b 1 1 n] int64 with one word per key; a word of 0 is padding. The fields of a word, from the lowest bit:
+`key_row` is registered as the mask function of every `tfast` name. It returns a row [b 1 1 n] int64 with one word per
+key, also where nothing is masked: the flag `is_causal` of modules is not to be trusted (decoders that only ever ran
+eager attention leave it False). A word of 0 is padding. The fields of a word, from the lowest bit:
 
     document   20 bits   which packed document the key belongs to, from 1
     start      22 bits   tokens of this row that a cache dropped before this key (so keys in front of a gap keep 0)
@@ -106,6 +107,8 @@ def _number(rows: Tensor) -> int | Tensor:
 
 def remembered(tensor: Tensor, name: str, read: Callable[[], Read]) -> Read:
     """`read()`, kept on the tensor itself until it is changed in place: every layer of a forward asks the same."""
+    if tensor.is_inference():  # made under torch.inference_mode: changes in place are not counted
+        return read()
     known = getattr(tensor, name, None)
     if known is None or known[0] != tensor._version:
         known = (tensor._version, read())
@@ -125,8 +128,8 @@ def key_row(
     local_size: int | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
-) -> Tensor | None:
-    """Transformers' mask interface: the row [b 1 1 n] of this forward, or None where every filled slot is read.
+) -> Tensor:
+    """Transformers' mask interface: the row [b 1 1 n] of this forward.
 
     attention_mask is [b m] bool over all tokens so far; local_size repeats what mask_function says.
     ValueError for a pattern that a row cannot express.
@@ -142,7 +145,6 @@ def key_row(
     n = min(kv_length, int(q_offset) + q_length - kv_offset) if pattern.causal else kv_length
     start: int | Tensor = kv_offset
     documents = torch.ones(batch_size, n, dtype=torch.int64, device=device)
-    padded = False
     if pattern.packed is not None:
         documents = _packed_documents(pattern.packed, batch_size, n, device)
     if attention_mask is not None:
@@ -151,14 +153,11 @@ def key_row(
             attention_mask.bool(), (0, missing)
         )  # as Transformers does: what the mask does not cover is padding
         valid = seen[:, kv_offset : kv_offset + n]
-        padded = not bool(valid.all())
         start = seen[:, :kv_offset].sum(-1, keepdim=True)
         documents = documents * valid
     reach = pattern.window if pattern.causal else None if pattern.window is None else pattern.window + 1
     window = pattern.window if reach is not None and n + kv_offset > reach else None
-    skip = options.get("allow_is_causal_skip", True) if pattern.causal else options.get("allow_is_bidirectional_skip")
-    plain = not (padded or pattern.packed or kv_offset or window) and n == kv_length
-    return None if plain and skip else pack_row(documents, start, window, pattern.causal)
+    return pack_row(documents, start, window, pattern.causal)
 
 
 def _packed_documents(same: Callable[..., Tensor], batch: int, n: int, device: torch.device | str) -> Tensor:

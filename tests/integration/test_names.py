@@ -1,5 +1,6 @@
 """`attn_implementation="tfast_<mechanism>"` without a plan, what the dispatcher refuses, and imports."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as hf
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
@@ -14,7 +16,7 @@ from hf_tfast import FastPlan, Window, apply_plan, attention_report
 from hf_tfast.attention import Score, mechanisms
 from hf_tfast.integration import interface
 from hf_tfast.testing import Shape, assert_near, naive_attention, qkv
-from tests.integration.tiny_models import FAMILIES, GPT2, SMALL, TEXT, inputs, output, tiny, tokens
+from tests.integration.tiny_models import FAMILIES, GPT2, HALVES, SMALL, TEXT, inputs, output, tiny, tokens
 
 
 @pytest.fixture
@@ -49,6 +51,32 @@ def test_cross_attention_of_bert_and_gpt2_is_recognised(narrow):
         assert_near(output(wide, given), expected, "self-attention full, cross-attention dense")
         kinds = {row.kind for row in attention_report(model).layers}
         assert kinds == {"self", "cross"}
+
+
+@pytest.mark.parametrize("how", ["name", "plan"])
+def test_a_decoder_whose_flag_says_not_causal_stays_causal(how, narrow):
+    """NLLB-MoE runs eager attention only and leaves is_causal False: the mask knows better, padded or not."""
+    config = hf.NllbMoeConfig(
+        **HALVES, num_experts=2, encoder_sparse_step=0, decoder_sparse_step=0, max_position_embeddings=64
+    )
+    torch.manual_seed(0)
+    model = hf.NllbMoeModel(config).eval()
+    given = {"input_ids": tokens("nllb"), "decoder_input_ids": tokens("nllb", "out")}
+    model.set_attn_implementation("eager")
+    dense = output(model, given)
+    wide = apply_plan(copy.deepcopy(model), FastPlan(attention=Window(window=99)))
+    assert_near(output(wide, given), dense, "full window")
+    if how == "name":
+        model.set_attn_implementation("tfast_window")
+    else:
+        apply_plan(model, FastPlan(attention=Window(window=5)))
+    before = output(model, given)
+    assert (before - dense).abs().max() > 1e-4
+    crossed = [row.mechanism for row in attention_report(model).layers if row.kind == "cross"]
+    assert crossed == ["Dense()"] * 2
+    later = {**given, "decoder_input_ids": given["decoder_input_ids"].clone()}
+    later["decoder_input_ids"][:, 20:] = 7
+    assert torch.equal(output(model, later)[:, :20], before[:, :20])
 
 
 def make_like(model):

@@ -96,8 +96,8 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     """The Moore-Penrose inverse of row-stochastic matrices a [.. m m], approached in at most `iterations` steps.
 
     Third-order steps from a' / (|a|_1 |a|_inf). A matrix whose residual |a z a - a| / |a| has fallen to rounding is
-    left alone: another step would only blow up the rounding in directions that it does not have. Each matrix is treated by
-    itself, so neither other rows of a batch nor other ranks show. Differentiable.
+    left alone: another step would only blow up the rounding in directions that it does not have. Each matrix is
+    treated by itself, so neither other rows of a batch nor other ranks show. Differentiable.
     """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     z = a.mT / (a.sum(-2).amax(-1) * a.sum(-1).amax(-1))[..., None, None]

@@ -135,10 +135,10 @@ class _Round:
         return Tiles(rows, keys, hide)
 
 
-def window_lists(sizes: Sizes, window: int, at: Tensor, size: int = 64) -> Iterator[Tiles]:
+def window_lists(sizes: Sizes, window: int, at: Tensor) -> Iterator[Tiles]:
     """Every query against its window: |i - j| <= window, or 0 <= i - j < window under causality, for keys at
     the ascending positions `at` [j]."""
-    device = at.device
+    device, size = at.device, 16 if window <= 16 else 64  # a small window fills little of a large tile
     first, after = sizes.j - sizes.i, 0 if sizes.causal else min(window, sizes.j)
     before = min(window - 1 if sizes.causal else window, sizes.j)
     cuts = range(0, sizes.i, size)

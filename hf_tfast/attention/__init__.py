@@ -82,8 +82,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, mask: Mask, sc
             f"{mechanism.name} has no attention dropout; set the model's attention dropout "
             "(config.attention_dropout, attention_probs_dropout_prob or attn_pdrop) to 0.0"
         )
-    for name, rows in (("valid", mask.valid), ("segments", mask.segments)):
-        if rows is not None and rows.shape != (k.shape[0], k.shape[2]):
-            raise ValueError(f"mask.{name} must be [b j] = {(k.shape[0], k.shape[2])}, got {tuple(rows.shape)}")
+    _check_mask(mask, k.shape[0], k.shape[2])
     if score.sinks is not None and score.sinks.shape != (q.shape[1],):
         raise ValueError(f"score.sinks must be [h] = ({q.shape[1]},), got {tuple(score.sinks.shape)}")
+
+
+def _check_mask(mask: Mask, b: int, j: int) -> None:
+    for name, rows in (("valid", mask.valid), ("segments", mask.segments)):
+        if rows is not None and rows.shape != (b, j):
+            raise ValueError(f"mask.{name} must be [b j] = {(b, j)}, got {tuple(rows.shape)}")
+    if mask.valid is not None and mask.valid.dtype != torch.bool:
+        raise ValueError(f"mask.valid must be bool, True where a key exists, got {mask.valid.dtype}")
+    if mask.segments is not None and (mask.segments.is_floating_point() or mask.segments.is_complex()):
+        raise ValueError(f"mask.segments must be integers, 0 where there is padding, got {mask.segments.dtype}")
+    for name, count in (("start", mask.start), ("kept", mask.kept)):
+        if isinstance(count, Tensor):
+            if count.numel() != 1 and count.shape != (b,):
+                raise ValueError(f"mask.{name} must be one number or [b] = ({b},), got {tuple(count.shape)}")
+        elif count < 0:
+            raise ValueError(f"mask.{name} must be at least 0, got {count}")

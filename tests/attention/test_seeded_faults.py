@@ -15,7 +15,7 @@ from hf_tfast.attention import Mask, Mechanism
 from hf_tfast.attention.window import Window
 from hf_tfast.backends.score import softmax_attention
 from hf_tfast.testing import Shape
-from tests.attention import contract, contract_calls
+from tests.attention import contract, contract_calls, contract_ways
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FOUND = (AssertionError, pytest.fail.Exception)
@@ -190,6 +190,10 @@ def leaky_reference(self, q, k, v, mask, score, choice=None):
     return Mechanism.reference(self, q, k, v, mask, score) + 1e-6 * v.mean((1, 2), keepdim=True)
 
 
+def sharper_reference(self, q, k, v, mask, score, choice=None):
+    return Mechanism.reference(self, 1.001 * q, k, v, mask, score)
+
+
 def future(m, path="torch"):
     contract.check_future(m, Shape(j=97), (31, 40), path)
 
@@ -209,6 +213,10 @@ RULES_3_TO_7 = {
     ),
     "a reference beside the predicate": (
         make(reference=leaky_reference),
+        lambda m: contract.check_pattern(m, Mask(causal=True)),
+    ),
+    "a reference with other weights": (
+        make(reference=sharper_reference),
         lambda m: contract.check_pattern(m, Mask(causal=True)),
     ),
     "a stabiliser over all keys": (
@@ -308,7 +316,40 @@ RULES_8_TO_10 = {
     "memory for all pairs": (make(), lambda m: contract_calls.check_memory(m, True, False)),
 }
 
-FAULTS = RULE_1 | RULES_3_TO_7 | RULES_8_TO_10
+
+def without_autograd(self, q, k, v, mask, score):
+    """Another pattern where no gradient is asked for."""
+    other = self if torch.is_grad_enabled() else replace(self, window=9)
+    return other.reference(q, k, v, mask, score)
+
+
+class OnlyTogether(torch.autograd.Function):
+    """A backward pass that forgets the gradient of q where k has none."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        return q.view_as(q), k.view_as(k)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return dq if ctx.needs_input_grad[1] else torch.zeros_like(dq), dk
+
+
+def at_extremes(self, q, k, v, mask, score):
+    """A window of one key reads two."""
+    return replace(self, window=max(self.window, 2)).reference(q, k, v, mask, score)
+
+
+WAYS = {
+    "another path without gradients": (fast(without_autograd), lambda m: contract_ways.check_modes(m, True)),
+    "a gradient that needs another": (
+        fast(lambda self, q, k, v, m, s: self.reference(*OnlyTogether.apply(q, k), v, m, s)),
+        lambda m: contract_ways.check_modes(m, True),
+    ),
+    "a field's extreme taken for another": (fast(at_extremes), lambda m: contract_ways.check_other_fields(m, True)),
+}
+
+FAULTS = RULE_1 | RULES_3_TO_7 | RULES_8_TO_10 | WAYS
 
 
 @pytest.mark.parametrize("fault", FAULTS)

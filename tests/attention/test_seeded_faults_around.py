@@ -11,7 +11,7 @@ import torch
 import hf_tfast.attention as attention
 from hf_tfast.attention import Mask, Mechanism, _base
 from hf_tfast.attention.window import Window
-from tests.attention import contract_calls
+from tests.attention import contract_calls, contract_ways
 
 WINDOW = Window(window=8, sinks=2)
 
@@ -63,6 +63,14 @@ def test_faulty_rows_are_found(rows, check, monkeypatch):
         check(WINDOW)
 
 
+def test_matmuls_under_autocast_are_found(monkeypatch):
+    contract_ways.check_autocast(WINDOW, torch.float32, True)
+    without_the_door = lambda m, mask, path: lambda q, k, v, score: m.reference(q, k, v, mask, score)  # noqa: E731
+    monkeypatch.setattr(contract_ways, "through_attend", without_the_door)
+    with pytest.raises(AssertionError, match="autocast"):
+        contract_ways.check_autocast(WINDOW, torch.float32, True)
+
+
 DOCUMENTED = """Toy: reads everything, for the sake of a test.
 
     o_i = sum_j p_ij v_j
@@ -80,6 +88,7 @@ Differs  in nothing
 def toy(monkeypatch, text=DOCUMENTED, checked=True, title="Toy", **fields):
     """A mechanism in a module of its own, found under the name toy."""
     module = ModuleType("somewhere.toy", text)
+    monkeypatch.setitem(sys.modules, "somewhere", ModuleType("somewhere"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def __post_init__(self):
@@ -94,6 +103,7 @@ def toy(monkeypatch, text=DOCUMENTED, checked=True, title="Toy", **fields):
     }
     body |= {"__annotations__": {"name": ClassVar[str], **dict.fromkeys(fields, int)}, **fields}
     cls = dataclass(frozen=True, kw_only=True)(type(title, (Mechanism,), body))
+    setattr(module, title, cls)
     monkeypatch.setattr(_base, "mechanisms", lambda: {"toy": cls})
     return cls
 

@@ -143,7 +143,7 @@ def quickstart(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens that the dense and the fast model read.")] = 4096,
     window: Annotated[int, typer.Option(help="Keys that a query reads on each side.")] = 128,
-    sinks: Annotated[int, typer.Option(help="First tokens that read and are read by everything.")] = 1,
+    sinks: Annotated[int, typer.Option(help="First tokens that read and are read by everything.")] = 4,
     seconds: Annotated[float, typer.Option(help="Training budget of each model; 0 leaves training out.")] = 60.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     as_json: Json = False,

@@ -17,7 +17,7 @@ def run(
     corpus: str | Path | None = None,
     length: int = 4096,
     window: int = 128,
-    sinks: int = 1,
+    sinks: int = 4,
     seconds: float = 60.0,
     dtype: str = "float32",
 ) -> dict[str, Any]:

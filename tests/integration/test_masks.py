@@ -14,7 +14,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from hf_tfast import FastPlan, Window, apply_plan
+from hf_tfast import FastPlan, Window, apply_plan, mechanisms
 from hf_tfast.integration._dense import pairs
 from hf_tfast.integration.masks import key_row, pack_row, read_row
 from hf_tfast.testing import assert_near, generator
@@ -197,6 +197,6 @@ def test_masks_of_another_kind_are_refused():
 def test_both_registrations_exist_for_every_name():
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    names = {name for name in ALL_ATTENTION_FUNCTIONS if name.startswith("tfast")}
-    assert {"tfast", "tfast_window", "tfast_dense"} <= names
+    names = {"tfast", *(f"tfast_{name}" for name in mechanisms())}
+    assert names <= set(ALL_ATTENTION_FUNCTIONS)
     assert all(ALL_MASK_ATTENTION_FUNCTIONS[name] is key_row for name in names)

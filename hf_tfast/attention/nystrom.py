@@ -99,19 +99,21 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     left alone: another step would only blow up the rounding in directions that it does not have. Each matrix is
     treated by itself, so neither other rows of a batch nor other ranks show. Differentiable.
     """
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    z = a.mT / (a.sum(-2).amax(-1) * a.sum(-1).amax(-1))[..., None, None]
+    shape, a = a.shape, a.flatten(0, -3)
+    z = a.mT / (a.sum(-2).amax(-1) * a.sum(-1).amax(-1))[:, None, None]
     rounding = a.shape[-1] * torch.finfo(a.dtype).eps
     for _ in range(iterations):
-        az = a @ z
+        az = torch.bmm(a, z)
         with torch.no_grad():
-            off = (az @ a - a).square().sum((-2, -1), keepdim=True)
+            off = torch.baddbmm(a, az, a, beta=-1).square().sum((-2, -1), keepdim=True)
             unfinished = off > rounding**2 * a.square().sum((-2, -1), keepdim=True)
             if not unfinished.any():
                 break
-        step = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+        step = torch.baddbmm(az, az, az, beta=7, alpha=-1)  # az (7 - az)
+        step = torch.baddbmm(az, az, step, beta=15, alpha=-1)  # az (15 - az (7 - az))
+        step = torch.baddbmm(z, z, step, beta=13 / 4, alpha=-1 / 4)  # z (13 - az (15 - az (7 - az))) / 4
         z = torch.where(unfinished, step, z)
-    return z
+    return z.view(shape)
 
 
 def value_convolution(v: Tensor, weight: Tensor, mask: Mask | None = None, queries: int | None = None) -> Tensor:

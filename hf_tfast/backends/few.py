@@ -105,22 +105,20 @@ class _FewKeys(torch.autograd.Function):
 
 
 class _FewQueries(torch.autograd.Function):
-    """Queries (scaled) in at least fp32; keys and values in any dtype, chunked, merged by a running maximum."""
+    """Queries (scaled) in at least fp32; keys and values in any dtype, chunked, merged by their sums of weights."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-        o = q.new_zeros(*q.shape[:2], v.shape[-1])
-        total = q.new_zeros(*q.shape[:2], 1)
-        top = torch.full_like(total, torch.finfo(q.dtype).min)
+        parts, sums = [], []
         for at in _chunks(k.shape[1], q.shape[0] * q.shape[1]):
             scores, _ = _scores(q, k[:, at].to(q.dtype), softcap)
-            higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-            decay = (top - higher).exp()
-            p = scores.sub_(higher).exp_()
-            total = total * decay + p.sum(-1, keepdim=True)
-            o = torch.baddbmm(o * decay, p, v[:, at].to(q.dtype))
-            top = higher
-        o, lse = o / total, top + total.log()
+            p = scores.softmax(-1)  # faster than exp; its largest weight tells its sum
+            sums.append(scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log())
+            parts.append(torch.bmm(p, v[:, at].to(q.dtype)))
+        lse = torch.stack(sums).logsumexp(0)
+        o = torch.zeros_like(parts[0])
+        for part, total in zip(parts, sums, strict=True):
+            o.addcmul_(part, (total - lse).exp())
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.softcap = softcap  # type: ignore[attr-defined]
         return o, lse[..., 0]

@@ -27,8 +27,8 @@ def attend(
 ) -> Tensor:
     """Attention of the queries `q` over keys `k` and values `v` by `mechanism`.
 
-    q [b h i d], k [b g j d], v [b g j e] of one floating dtype and device -> [b h i e]; h % g == 0, i <= j, the queries
-    are the last i positions. Differentiable in q, k, v and score.sinks.
+    q [b h i d], k [b g j d], v [b g j e] of one floating dtype and device -> [b h i e]; h % g == 0, i <= j: the
+    queries are the last i positions. Differentiable in q, k, v and score.sinks.
 
     backend  "auto" takes the fastest there is; "reference" is the O(i j) definition; any other runs or raises.
     Raises   ValueError for shapes, dtypes or devices that do not fit, for causal use of a mechanism without a causal

@@ -24,7 +24,7 @@ class Mask:
     """Who may read whom, apart from the mechanism's own pattern.
 
     causal    position i reads positions j <= i only.
-    valid     [b j] bool, or None for all: keys (and the queries at these slots) that exist. Content of the others never
+    valid     [b j] bool, or None for all: the keys (and queries in their slots) that exist. Content of others never
               reaches a valid row; their own rows are zeros.
     segments  [b j] integer, or None: packed documents; positions of different segments do not meet, 0 is padding.
     start     position of the first valid key given, counted from the row's first valid token: an integer, or one per
@@ -69,7 +69,7 @@ class Mechanism:
     def allowed(self, choice: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, causal: bool = False) -> Tensor:
         """May query position i read key position j, in row b and head h? Bool, for broadcastable index tensors.
 
-        The one definition of a sparse pattern; `reference` adds j <= i under `causal`. Static patterns ignore `choice`.
+        The one definition of a sparse pattern; `reference` adds j <= i if causal. Static patterns ignore `choice`.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a pattern of pairs")
 
@@ -112,7 +112,7 @@ def mechanisms() -> dict[str, type[Mechanism]]:
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, Mechanism) and cls.__module__ == module.__name__:
                 if cls.name != file.name:
-                    raise ValueError(f"{cls.__name__}.name is {cls.name!r}, but its file is {file.name}.py: make them one word")
+                    raise ValueError(f"{cls.__name__}.name is {cls.name!r}, its file {file.name}.py: one word is due")
                 found[cls.name] = cls
     return found
 

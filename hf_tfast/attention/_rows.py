@@ -63,11 +63,8 @@ def _row(run: Run, q: Tensor, k: Tensor, v: Tensor, documents: Tensor, mask: Mas
         order = documents.argsort(stable=True)
         q, k, v = q[:, order[order >= j - i] - (j - i)], k[:, order], v[:, order]
         pieces = _pieces(documents[order], i, order)
-    cut = lambda x, sizes: x.split(sizes, dim=1)  # noqa: E731
-    parts = zip(
-        pieces, cut(q, [p.queries for p in pieces]), cut(k, [p.keys for p in pieces]), cut(v, [p.keys for p in pieces]),
-        strict=True,
-    )  # fmt: skip
+    queries, keys = [p.queries for p in pieces], [p.keys for p in pieces]
+    parts = zip(pieces, q.split(queries, 1), k.split(keys, 1), v.split(keys, 1), strict=True)
     full = Mask(causal=mask.causal, start=_of_row(mask.start, b), kept=kept)
     outputs = []
     for n, (piece, qn, kn, vn) in enumerate(parts):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lists import Sizes, Tiles, entries
+from .lists import Sizes, Tiles, entries, given
 
 FEW = 32  # queries that share a key head: below, gathering the keys of each is cheaper than one list per block
 
@@ -138,7 +138,7 @@ def near_lists(sizes: Sizes, grid: Grid, reach: int) -> Iterator[Tiles]:
         if sizes.causal:
             hidden = hidden | (key[:, None] > query[..., None] + first)
         query = torch.where(query == sizes.i, nobody, query + head[:, None] * sizes.i)
-        yield Tiles(query, key + (head // shared)[:, None] * sizes.j, hide=lambda s, hidden=hidden: hidden)
+        yield Tiles(query, key + (head // shared)[:, None] * sizes.j, hide=given(hidden))
 
 
 def far_lists(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:
@@ -155,7 +155,7 @@ def far_lists(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:
         rows, units = _cut(chosen[n].view(-1, shared), t, nobody)
         keys = filled[n] + units[:, None] * sizes.j
         hidden = None if whole[n] else empty[n].expand(1, 1, -1)
-        hide = None if hidden is None else lambda s, hidden=hidden: hidden
+        hide = None if hidden is None else given(hidden)
         for u in range(0, len(rows), step):
             yield Tiles(rows[u : u + step], keys[u : u + step], hide)
 
@@ -195,4 +195,4 @@ def _gathered(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:
     step = max(1, entries(flat.device) // keys.shape[1])
     for u in range(0, len(rows), step):
         part = slice(u, u + step)
-        yield Tiles(rows[part, None], keys[part], hide=lambda s, hidden=gone[part]: hidden)
+        yield Tiles(rows[part, None], keys[part], hide=given(gone[part]))

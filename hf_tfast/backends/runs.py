@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .lists import Sizes, Tiles, entries
+from .lists import Sizes, Tiles, entries, given
 
 
 @dataclass(frozen=True)
@@ -156,4 +156,4 @@ def window_lists(sizes: Sizes, window: int, at: Tensor) -> Iterator[Tiles]:
         hidden = ~there[:, None] | (away < -after) | (away > before)
         rows = torch.where(query < sizes.i, query + head[:, None] * sizes.i, heads * sizes.i)
         keys = torch.where(there, key, begin + first) + (head // shared)[:, None] * sizes.j
-        yield Tiles(rows, keys, lambda s, hidden=hidden: hidden)
+        yield Tiles(rows, keys, given(hidden))

@@ -9,7 +9,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/tfast quickstart
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

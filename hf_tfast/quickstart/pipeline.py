@@ -122,10 +122,10 @@ def _measure(console: Console, folder: Path, settings: dict[str, Any], window: W
         show(console, tables(results)[-1])
     for line in verdicts(results):
         console.print(f"  {line}", highlight=False)
-    longest = max(corpus.documents, key=lambda d: len(d.text)).text
+    longest = max(range(len(contest.texts)), key=lambda n: len(contest.texts[n].ids))  # in tokens, cut at `length`
     with steps(console, "saving the fast model and loading it in a fresh process", 1) as bar:
         save_encoder(contest.fast, folder / "model")
-        texts = [longest, corpus.documents[0].text, corpus.queries[0][0]]
+        texts = [corpus.documents[longest].text, corpus.documents[0].text, corpus.queries[0][0]]
         results["reload"] = check_reload(contest.fast, folder / "model", texts)
         bar.to(1)
     _say_reload(console, results["reload"])

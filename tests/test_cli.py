@@ -160,7 +160,7 @@ def test_quickstart_hands_on_its_options(tfast, monkeypatch, tmp_path):
     assert (str(given.pop("out")), given.pop("length"), given.pop("seconds"), given.pop("dtype")) == (
         "there", 1024, 0.0, "bfloat16",
     )  # fmt: skip
-    assert given == {"model": None, "corpus": None, "window": 128, "sinks": 1}
+    assert given == {"model": None, "corpus": None, "window": 128, "sinks": 4}
     code, out, err = tfast("quickstart", "--json")
     assert json.loads(out) == {"folder": str(tmp_path / "x")}
     assert "a table" in err

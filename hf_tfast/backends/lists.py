@@ -64,11 +64,6 @@ class Sizes:
         return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], causal)
 
 
-def hides(hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """A `hide` of Tiles that is known beforehand."""
-    return lambda scores: hidden
-
-
 class Again:
     """What `make` yields, made anew on every pass instead of stored: for lists that are cheap to make and long."""
 

@@ -58,7 +58,7 @@ class Corpus:
         return [(text, n, at) for n, document in enumerate(self.documents) for text, at in document.queries]
 
 
-def load_corpus(path: str | Path | None = None, documents: int = 48, queries: int = 4) -> Corpus:
+def load_corpus(path: str | Path | None = None, documents: int = 32, queries: int = 6) -> Corpus:
     """The JSONL corpus at `path`, whole; without one the `documents` longest of Python's own, `queries` each."""
     return python_corpus(documents, queries) if path is None else read_corpus(Path(path))
 

@@ -41,7 +41,7 @@ class Output:
 def parse_mechanisms(said: Sequence[str], given: Sequence[str], causal: bool) -> list[Mechanism]:
     """Mechanisms of the command line: "window", or "window:window=256,sinks=4"; `given` fields ("window=256") are set
     on every mechanism that has them. None said: all that need no field and, under `causal`, have a causal form."""
-    shared = dict(_field(text) for text in given)
+    shared = dict(parse_field(text) for text in given)
     names = list(said) or [name for name, cls in mechanisms().items() if _runs_by_itself(cls, causal)]
     found, used = [], set()
     for text in names:
@@ -49,7 +49,7 @@ def parse_mechanisms(said: Sequence[str], given: Sequence[str], causal: bool) ->
         known = {f.name for f in fields(mechanisms()[name])} if name in mechanisms() else set()  # type: ignore[arg-type]
         used |= known & set(shared)
         values = {key: value for key, value in shared.items() if key in known}
-        values |= dict(_field(part) for part in own.split(",") if part)
+        values |= dict(parse_field(part) for part in own.split(",") if part)
         mechanism = mechanism_from_dict({"mechanism": name, **values})
         if causal and not mechanism.causal:
             raise ValueError(f"{name} has no causal form; add --bidirectional")
@@ -59,7 +59,7 @@ def parse_mechanisms(said: Sequence[str], given: Sequence[str], causal: bool) ->
     return found
 
 
-def _field(text: str) -> tuple[str, Any]:
+def parse_field(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"a field is given as name=value, for example window=256, got {text!r}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..attention import Mask, Mechanism, mechanism_from_dict, mechanisms
-from .bench import _field
+from .bench import parse_field
 from .captured import Call, listening, load
 from .environment import describe, environment
 from .folder import check_new, fresh_name, new_folder
@@ -295,7 +295,7 @@ def parse(said: Sequence[str]) -> list[Mechanism]:
     found: list[Mechanism] = []
     for text in said:
         name, colon, own = text.partition(":")
-        budgets = [dict(_field(part) for part in own.split(",") if part)] if colon else BUDGETS.get(name) or [{}]
+        budgets = [dict(parse_field(part) for part in own.split(",") if part)] if colon else BUDGETS.get(name) or [{}]
         found += [mechanism_from_dict({"mechanism": name, **given}) for given in budgets]
     return found
 

@@ -23,8 +23,9 @@ from ..attention import Mask, Score, attend
 from ..backends.score import softmax_attention
 from ._dense import is_dense_mask, masked_attention
 from ._modules import Found, survey
+from ._stamps import NAME
 from ._within import within
-from .interface import NAME, _score, _stamp, _understand, first_head
+from .interface import _score, _stamp, _understand, first_head
 from .masks import read_row
 
 __all__ = ["attention_map"]

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..attention import Mechanism
 
-__all__ = ["Ran", "Stamp", "last_run", "note", "stamp_of", "stamped_modules"]
+__all__ = ["NAME", "Ran", "Stamp", "last_run", "note", "stamp_of", "stamped_modules"]
 
+NAME = "tfast"  # the implementation and the quantisation method
 _STAMP, _RAN = "_tfast_stamp", "_tfast_ran"
 
 

@@ -13,9 +13,8 @@ from ..attention import Mechanism, mechanisms
 from ..attention.dense import Dense
 from ._modules import Found, Survey, heads_of, parts_of, survey
 from ._positions_check import guard_positions, unguard_positions
-from ._stamps import Stamp, last_run, set_stamp, stamp_of, stamped_modules
+from ._stamps import NAME, Stamp, last_run, set_stamp, stamp_of, stamped_modules
 from .cache import bound_cache, unbound_cache
-from .interface import NAME
 from .plan import FastPlan, SavedFastPlan
 
 __all__ = ["apply_plan", "remove_plan"]

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from ..attention import Mask
 from ..attention.window import Window
 from ._dense import is_dense_mask
-from ._stamps import stamp_of
+from ._stamps import NAME, stamp_of
 from .masks import KeyRow, remembered
 
 __all__ = ["ROLLBACK", "WindowLayer", "bound_cache", "cache_bytes", "unbound_cache", "window_layer"]
@@ -252,8 +252,6 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _swapped(module: nn.Module, cache: Cache, given: Iterable[Any]) -> WindowLayer | None:
     """The layer of this module in `cache`, made a `WindowLayer` if it may be; None for any other."""
-    from .interface import NAME  # which imports this file
-
     stamp, config, number = stamp_of(module), getattr(module, "config", None), getattr(module, "layer_idx", None)
     if stamp is None or stamp.kind != "self" or not isinstance(number, int):
         return None

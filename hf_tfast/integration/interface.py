@@ -25,14 +25,13 @@ from ..attention import Mask, Mechanism, Score, attend, choose_backend
 from ..attention.dense import Dense
 from ._dense import cross_attention, eager_attention, is_dense_mask, masked_attention, pairs
 from ._modules import is_cross
-from ._stamps import Ran, Stamp, note, stamp_of
+from ._stamps import NAME, Ran, Stamp, note, stamp_of
 from ._within import within
 from .cache import window_layer
 from .masks import KeyRow, key_row, read_row, remembered
 
-__all__ = ["NAME", "default_mechanism", "register_names"]
+__all__ = ["default_mechanism", "register_names"]
 
-NAME = "tfast"
 CHECK = "HF_TFAST_CHECK"
 
 # Arguments that other attention functions need, or that only pass through: they cannot change the result here.

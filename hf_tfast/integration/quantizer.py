@@ -11,9 +11,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 
 from ._modules import parts_of
-from ._stamps import set_stamp, stamped_modules
+from ._stamps import NAME, set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
-from .interface import NAME
 from .plan import FastPlan
 
 __all__ = ["FastQuantizer", "register_plan"]

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..attention import Mask, Mechanism
 from ..attention.dense import Dense
 from ._modules import Found, parts_of, survey
-from ._stamps import Ran, last_run, stamp_of
+from ._stamps import NAME, Ran, last_run, stamp_of
 from ._within import within
-from .interface import NAME, default_mechanism
+from .interface import default_mechanism
 from .plan import FastPlan
 
 __all__ = ["AttentionReport", "LayerReport", "attention_report"]

@@ -143,9 +143,7 @@ def test_ctrl_c_leaves_nothing_half_written(tiny, tmp_path):
     """SIGINT while training runs: the process ends, says so, and no file is left."""
     options = {**tiny, "seconds": 600.0}
     # a background job starts deaf to SIGINT
-    heard = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    )
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{heard}; from hf_tfast.quickstart import run; run({str(tmp_path / 'x')!r}, **{options!r})"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code],

@@ -247,3 +247,15 @@ def test_autocast_takes_what_sdpa_takes():
         logits.float().sum().backward()
     assert (logits - exact).abs().max() <= 2 * (sdpa - exact).abs().max()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_inference_mode_gives_what_no_grad_gives(name):
+    """Inference tensors count no versions: what is remembered about a mask must not ask for one."""
+    model, given = apply_plan(tiny(name), NARROW), inputs(name, "inference")
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][0, -4:] = 0
+    with torch.no_grad():
+        expected = output(model, given)
+    with torch.inference_mode():
+        torch.testing.assert_close(output(model, given), expected, rtol=0, atol=0)

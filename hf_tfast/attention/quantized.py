@@ -184,6 +184,3 @@ class Quantized(Mechanism):
         if not (self.keys and self.values):
             raise ValueError("a store holds codes of keys and of values: it needs keys=True and values=True")
         return Stored(bits=self.bits, scheme=self.scheme, smooth=self.smooth)
-
-    def full(self, length: int) -> None:
-        """No number of codes is exact."""

@@ -19,6 +19,8 @@ ROOMS = {  # room: the rooms it may import; a room that is missing here fails te
     "distillation": {"compression", "models", "integration", "attention", "backends", "feed_forward", "positions"},
     "parallel": {"models", "integration", "attention", "backends", "feed_forward", "positions"},
     "planner": {"benchmarking", "models", "integration", "attention", "backends", "feed_forward", "positions"},
+    "hub": {"benchmarking", "models", "integration", "attention", "backends", "feed_forward", "positions"},
+    "training": {"benchmarking", "models", "integration", "attention", "backends", "feed_forward", "positions"},
 }
 TOP = {"quickstart", "cli"}  # stand on everything
 PUBLIC = {"__init__"}  # the lazy public names; importing the package registers them with Transformers

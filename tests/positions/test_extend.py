@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, EncoderDecoderModel, GPT2LMHeadModel, WhisperModel
 
-from hf_tfast.positions import extend_positions
+from hf_tfast.positions.extend import extend_positions
 
 OLD, NEW, WORDS = 24, 90, 60
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

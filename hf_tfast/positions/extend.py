@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention._base import whole
+from ..attention._base import whole
 
 METHODS = ("tile", "interpolate")
 

@@ -32,7 +32,7 @@ def attend(
 
     backend  "auto" takes the fastest there is; "reference" is the O(i j) definition; any other runs or raises.
     Raises   ValueError for shapes, dtypes or devices that do not fit, for causal use of a mechanism without a causal
-             form, and for dropout where a mechanism gives it no meaning.
+             form, for a basis where none is due, and for dropout where a mechanism gives it no meaning.
     """
     _check(q, k, v, mechanism, mask, score)
     if score.dropout and score.seed is None:
@@ -74,9 +74,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, mask: Mask, sc
         raise ValueError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    if mask.causal and not mechanism.causal:
-        able = ", ".join(name for name, cls in mechanisms().items() if cls.causal)
-        raise ValueError(f"{mechanism.name} has no causal form: a query would read the future; causal ones: {able}")
+    mechanism.check(q, k, mask, score)
     if score.dropout and not mechanism.dropout:
         raise ValueError(
             f"{mechanism.name} has no attention dropout; set the model's attention dropout "

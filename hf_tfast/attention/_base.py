@@ -52,6 +52,7 @@ class Mechanism:
     name        the file's name; "window" becomes attn_implementation "tfast_window".
     small       fields at which a test of 40 tokens means something.
     causal      False where no causal form exists: causal use is refused.
+    calibrated  True where it takes `Score.basis`, which `calibrate` makes, and has a causal form with it.
     dropout     False where dropping weights has no meaning: dropout > 0 is refused.
     backends    the fast paths that exist beside the reference.
     """
@@ -59,6 +60,7 @@ class Mechanism:
     name: ClassVar[str]
     small: ClassVar[dict[str, Any]] = {}
     causal: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = False
     dropout: ClassVar[bool] = True
     backends: ClassVar[tuple[str, ...]] = ("torch",)
 
@@ -92,6 +94,13 @@ class Mechanism:
         """The same numbers as `reference`, cheaply, on full rows."""
         raise NotImplementedError(f"{type(self).__name__} has no fast path")
 
+    def check(self, q: Tensor, k: Tensor, mask: Mask, score: Score) -> None:
+        """Raise ValueError for a call that the mechanism has no form for. Asked before rows are cut."""
+        if mask.causal and not self.causal:
+            raise ValueError(f"{self.name} has no causal form: a query would read the future; {causal_ones()}")
+        if score.basis is not None:
+            raise ValueError(f"{self.name} makes no use of a calibrated basis; leave score.basis out")
+
     def full(self, length: int) -> "Mechanism | None":
         """This mechanism with a budget at which `length` keys are all read; None where no budget does that."""
         return None
@@ -115,6 +124,11 @@ def mechanisms() -> dict[str, type[Mechanism]]:
                     raise ValueError(f"{cls.__name__}.name is {cls.name!r}, its file {file.name}.py: one word is due")
                 found[cls.name] = cls
     return found
+
+
+def causal_ones() -> str:
+    """The mechanisms with a causal form, for messages."""
+    return f"causal ones: {', '.join(name for name, cls in mechanisms().items() if cls.causal)}"
 
 
 def mechanism_from_dict(given: dict[str, Any]) -> Mechanism:

@@ -22,6 +22,8 @@ class Score:
     seed        the call's draw for dropout. None: `attend` draws it from torch's global generator, so that gradient
                 checkpointing, which restores that generator, replays the same weights.
     first_head  number of the first query head of this call among the heads of all ranks: seeded draws depend on it.
+    basis       None, or (B, C), each [g d r], calibrated beforehand: (q B) . (k C) stands for q . k where a mechanism
+                of low rank asks for it.
     """
 
     scale: float | None = None
@@ -30,6 +32,7 @@ class Score:
     dropout: float = 0.0
     seed: int | None = None
     first_head: int = 0
+    basis: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout < 1.0:

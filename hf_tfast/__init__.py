@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from .integration import register
+from .models import register_models
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,8 @@ _HOMES = {
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),
     "hf_tfast.integration.plan": ("FastPlan",),
     "hf_tfast.integration.report": ("attention_report",),
+    "hf_tfast.models.configuration_tfast": ("TFastConfig",),
+    "hf_tfast.models.modeling_tfast": ("TFastForCausalLM", "TFastForMaskedLM", "TFastModel", "TFastPreTrainedModel"),
     "hf_tfast.positions": ("extend_positions",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -42,3 +45,4 @@ def __dir__() -> list[str]:
 
 
 register()
+register_models()

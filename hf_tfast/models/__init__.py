@@ -1,0 +1,22 @@
+"""Models of our own, for training from scratch and for distilling into: TFastConfig, TFastModel and its heads.
+
+`register_models` only adds keys to Transformers' Auto classes; every entry that exists stays the same object.
+"""
+
+__all__ = ["register_models"]
+
+
+def register_models() -> None:
+    """Let AutoConfig and AutoModelFor... know the TFast family. Called once, by `import hf_tfast`."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    from . import modeling_tfast as lm
+    from .configuration_tfast import TFastConfig
+
+    configuration_auto.AutoConfig.register(TFastConfig.model_type, TFastConfig, exist_ok=True)
+    for auto, model in (
+        (modeling_auto.AutoModel, lm.TFastModel),
+        (modeling_auto.AutoModelForCausalLM, lm.TFastForCausalLM),
+        (modeling_auto.AutoModelForMaskedLM, lm.TFastForMaskedLM),
+    ):
+        auto.register(TFastConfig, model, exist_ok=True)

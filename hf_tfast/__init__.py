@@ -21,6 +21,7 @@ _HOMES = {
     "hf_tfast.attention.window": ("Window",),
     "hf_tfast.integration._attention_map": ("attention_map",),
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),
+    "hf_tfast.integration.calibrate": ("calibrate",),
     "hf_tfast.integration.plan": ("FastPlan",),
     "hf_tfast.integration.report": ("attention_report",),
     "hf_tfast.models.configuration_tfast": ("TFastConfig",),

@@ -101,6 +101,10 @@ class Mechanism:
         if score.basis is not None:
             raise ValueError(f"{self.name} makes no use of a calibrated basis; leave score.basis out")
 
+    def basis_shape(self, g: int, d: int) -> tuple[int, int, int] | None:
+        """[g d r] of the tensors of `Score.basis` for g key heads of width d; None where none is due."""
+        return None
+
     def full(self, length: int) -> "Mechanism | None":
         """This mechanism with a budget at which `length` keys are all read; None where no budget does that."""
         return None

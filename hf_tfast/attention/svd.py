@@ -84,17 +84,20 @@ class SVD(Chosen):
     def check(self, q: Tensor, k: Tensor, mask: Mask, score: Score) -> None:
         (g, d), basis = (k.shape[1], k.shape[3]), score.basis
         if basis is None:
-            if mask.causal and self.rank < d:
+            if mask.causal and self.basis_shape(g, d) is not None:
                 raise ValueError(_UNCALIBRATED + causal_ones())
             return
-        if self.rank >= d:
+        if self.basis_shape(g, d) is None:
             raise ValueError(f"a rank of {self.rank} is exact at a key width of {d}: leave score.basis out")
         for name, x in zip("BC", basis, strict=True):
-            if x.shape != (g, d, self.rank) or not x.is_floating_point() or x.device != k.device:
+            if x.shape != self.basis_shape(g, d) or not x.is_floating_point() or x.device != k.device:
                 raise ValueError(
                     f"{name} of score.basis must be [g d r] = {(g, d, self.rank)}, floating, on {k.device}, "
                     f"got {tuple(x.shape)}, {x.dtype}, on {x.device}"
                 )
+
+    def basis_shape(self, g: int, d: int) -> tuple[int, int, int] | None:
+        return None if self.rank >= d else (g, d, self.rank)
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor, mask: Mask, score: Score = Score()) -> LowRankChoice:  # noqa: B008 frozen

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Mask, Score, attend
 from ..backends.score import softmax_attention
+from ._basis import basis_of
 from ._dense import is_dense_mask, masked_attention
 from ._modules import Found, survey
 from ._stamps import NAME
@@ -178,7 +179,8 @@ def _one_group(call: _Call, head: int, score: Score) -> tuple[Tensor, Tensor, Te
     q, k = call.q[:, heads].to(wide), call.k[:, group : group + 1].to(wide)
     identity = torch.eye(k.shape[2], dtype=wide, device=k.device).expand(len(k), 1, -1, -1)
     sinks = None if score.sinks is None else score.sinks[heads]
-    score = replace(score, sinks=sinks, dropout=0.0, first_head=score.first_head + heads.start)
+    basis = None if score.basis is None else (score.basis[0][group : group + 1], score.basis[1][group : group + 1])
+    score = replace(score, sinks=sinks, dropout=0.0, first_head=score.first_head + heads.start, basis=basis)
     return q, k, identity, score, heads
 
 
@@ -187,9 +189,10 @@ def _plan_weights(call: _Call, head: int) -> Tensor:
     stamp = _stamp(call.implementation, call.module)
     causal = call.options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
-    q, k, identity, score, heads = _one_group(
-        call, head, _score({**call.options, "dropout": 0.0}, first_head(stamp, call.q.shape[1]))
-    )
+    score = _score({**call.options, "dropout": 0.0}, first_head(stamp, call.q.shape[1]))
+    if call.implementation == NAME:
+        score = replace(score, basis=basis_of(call.module, stamp, call.k.shape[1]))
+    q, k, identity, score, heads = _one_group(call, head, score)
     dense = call.mask is not None and is_dense_mask(call.mask)
     if stamp.kind == "cross":
         valid = None if call.mask is None or dense else read_row(call.mask).on(len(k)).mask.valid

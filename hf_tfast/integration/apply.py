@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..attention import Mechanism, mechanisms
 from ..attention.dense import Dense
+from ._basis import is_causal, remove_basis
 from ._modules import Found, Survey, heads_of, parts_of, survey
 from ._positions_check import guard_positions, unguard_positions
 from ._stamps import NAME, Stamp, last_run, set_stamp, stamp_of, stamped_modules
@@ -27,7 +28,8 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
 
     ValueError, with nothing changed, where a planned layer does not exist, where an attention module that the plan
     means does not go through Transformers' interface, for a model that already has a plan or another quantisation, and
-    for one that is sharded, offloaded or on meta.
+    for one that is sharded, offloaded or on meta. A plan with SVD on causal layers is applied first and calibrated
+    then, `calibrate(model, batches)`: until that the model neither runs nor saves.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"expected a Transformers model, got {type(model).__name__}; unwrap it first")
@@ -38,7 +40,7 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
             f"the model already has a plan or quantisation ({model.config.quantization_config!r}); "
             "call remove_plan(model) first, or start from the dense checkpoint"
         )
-    _check_whole(model)
+    check_whole(model)
     _own_configs(model)
     implementation = stamp_model(model, plan, dense=_implementation(model.config))
     from .quantizer import FastQuantizer  # the quantiser applies plans itself
@@ -55,6 +57,7 @@ def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
     for module, _ in stamped_modules(model):
         set_stamp(module, None)
         unbound_cache(module)
+        remove_basis(module)
         _remove_hook(module)
     unguard_positions(model)
     for owner in _owners(model):
@@ -203,8 +206,7 @@ def _check_layers(found: Survey, plan: FastPlan, planned: list[str]) -> None:
 def _check_causal(found: Survey, plan: FastPlan, planned: list[str]) -> None:
     for f in found.found:
         mechanism = _mechanism(plan, f, planned)
-        causal = getattr(f.module, "is_causal", False) is True
-        if causal and not mechanism.causal and getattr(getattr(f.module, "config", None), "is_causal", True):
+        if is_causal(f.module) and not (mechanism.causal or mechanism.calibrated):  # the latter once it is calibrated
             able = ", ".join(name for name, cls in mechanisms().items() if cls.causal)
             raise ValueError(
                 f"{f.path} is causal, and {mechanism.name} has no causal form; mechanisms that have: {able}"
@@ -222,7 +224,8 @@ def _asks_for_more(found: Survey, plan: FastPlan, stack: str, planned: list[str]
     )
 
 
-def _check_whole(model: PreTrainedModel) -> None:
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise for a model whose weights are not all here."""
     remedy = (
         "convert in one process (apply_plan, then save_pretrained), and load the saved folder sharded or offloaded"
     )

@@ -8,7 +8,7 @@ without one Transformers passes no mask at all. Nothing that Transformers alread
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .. import attention
 from ..attention import Mask, Mechanism, Score, attend, choose_backend
 from ..attention.dense import Dense
+from ._basis import basis_of
 from ._dense import cross_attention, eager_attention, is_dense_mask, masked_attention, pairs
 from ._modules import is_cross
 from ._stamps import NAME, Ran, Stamp, note, stamp_of
@@ -113,6 +114,8 @@ def _dispatch(
         raise ValueError(f"{type(module).__name__} has no mask and does not say whether it is causal; use 'sdpa'")
     causal = bool(causal)
     score = _score(options, first_head(stamp, q.shape[1]))
+    if name == NAME:
+        score = replace(score, basis=basis_of(module, stamp, k.shape[1]))
     if stamp.kind == "cross":
         return _cross(module, stamp, q, k, v, given, score)
     if given is not None and is_dense_mask(given):

@@ -6,10 +6,12 @@ A model whose weights hold no integers does not pretend to be quantised: `is_qua
 from dataclasses import replace
 from typing import Any
 
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 
+from ._basis import check_loaded, expect_basis, lacking
 from ._modules import parts_of
 from ._stamps import NAME, set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
@@ -28,6 +30,7 @@ class FastQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FastPlan, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.asked: str | None = None  # attn_implementation, where the user named another one
+        self.basis: list[str] = []  # buffers that the checkpoint has to fill
         self.implementation: str | dict[str, Any] = NAME  # what config.json says about it
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -43,6 +46,8 @@ class FastQuantizer(HfQuantizer):
         overruled = self.pre_quantized and self.asked is not None
         dense = self.asked if self.asked in ("sdpa", "eager") or not overruled else "sdpa"
         self.implementation = stamp_model(model, self.quantization_config, dense=dense or "sdpa", active=not overruled)
+        if self.pre_quantized:
+            self.basis = expect_basis(model, _stored(kwargs.get("checkpoint_files")))
         if overruled:
             logger.warning(
                 f"attn_implementation={self.asked!r} was asked for and overrules the checkpoint's plan in this "
@@ -51,6 +56,7 @@ class FastQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_loaded(model, self.basis)
         self.quantization_config = saved(self.quantization_config)
         attach(model, self, self.implementation)
         if (getattr(model, "tp_size", None) or 1) > 1:
@@ -58,6 +64,15 @@ class FastQuantizer(HfQuantizer):
             for module, stamp in stamped_modules(model):
                 set_stamp(module, replace(stamp, rank=manager.get_mesh("tp").get_local_rank()))
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+        """Asked at the beginning of save_pretrained, before a file is written."""
+        if without := lacking(model):
+            raise ValueError(
+                f"{without[0]} is causal and has no calibrated basis, so the saved model could not run: call "
+                "hf_tfast.calibrate(model, batches) first (or remove_plan(model), for a dense checkpoint)"
+            )
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -73,6 +88,17 @@ class FastQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stored(files: Any) -> list[str] | None:
+    """The names of the tensors in a checkpoint's files; None where they cannot be read without loading them."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names += opened.keys()
+    return names
 
 
 def register_plan() -> None:

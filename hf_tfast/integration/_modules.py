@@ -11,7 +11,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Found", "Survey", "heads_of", "is_cross", "parts_of", "survey", "through_interface"]
+__all__ = [
+    "Found",
+    "Survey",
+    "heads_of",
+    "is_cross",
+    "layer_numbers",
+    "parts_of",
+    "stack_namer",
+    "survey",
+    "through_interface",
+]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 _CROSS_PATH = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
@@ -151,7 +161,7 @@ def survey(model: PreTrainedModel) -> Survey:
     found = [
         Found(path, module, stack, layer, kind)
         for (stack, kind), members in numbered.items()
-        for (path, module), layer in zip(members, _layers([path for path, _ in members]), strict=True)
+        for (path, module), layer in zip(members, layer_numbers([path for path, _ in members]), strict=True)
     ]
     return Survey(found, outside, stack_of.vision([*(f.path for f in found), *(n for n, _ in named)]))
 
@@ -164,11 +174,17 @@ def _inside(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}.")
 
 
-def _layers(paths: list[str]) -> list[int]:
+def layer_numbers(paths: list[str]) -> list[int]:
     """The block number in each path where that tells the paths apart, else their order."""
     numbers = [next((int(part) for part in path.split(".") if part.isdigit()), -1) for path in paths]
     apart = len(set(numbers)) == len(paths) and -1 not in numbers
     return numbers if apart else list(range(len(paths)))
+
+
+def stack_namer(model: PreTrainedModel) -> "_Stacks":
+    """A function from the path of a module to the name of its stack."""
+    owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    return _Stacks(model, owners)
 
 
 class _Stacks:

@@ -19,6 +19,7 @@ _HOMES = {
     "hf_tfast.attention.random": ("Random",),
     "hf_tfast.attention.svd": ("SVD",),
     "hf_tfast.attention.window": ("Window",),
+    "hf_tfast.hub.remote": ("save_code",),
     "hf_tfast.integration._attention_map": ("attention_map",),
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),
     "hf_tfast.integration.calibrate": ("calibrate",),
@@ -26,6 +27,11 @@ _HOMES = {
     "hf_tfast.integration.report": ("attention_report",),
     "hf_tfast.models.configuration_tfast": ("TFastConfig",),
     "hf_tfast.models.modeling_tfast": ("TFastForCausalLM", "TFastForMaskedLM", "TFastModel", "TFastPreTrainedModel"),
+    "hf_tfast.models.modeling_tfast_heads": (
+        "TFastForQuestionAnswering",
+        "TFastForSequenceClassification",
+        "TFastForTokenClassification",
+    ),
     "hf_tfast.positions": ("extend_positions",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

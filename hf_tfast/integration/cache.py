@@ -26,7 +26,7 @@ from ._dense import is_dense_mask
 from ._stamps import NAME, stamp_of
 from .masks import KeyRow, remembered
 
-__all__ = ["ROLLBACK", "WindowLayer", "bound_cache", "cache_bytes", "unbound_cache", "window_layer"]
+__all__ = ["ROLLBACK", "WindowLayer", "bound_cache", "cache_bytes", "meet_cache", "unbound_cache", "window_layer"]
 
 ROLLBACK = 32  # tokens that `crop` can take back without activate_past_recording; assisted generation drafts up to 20
 
@@ -226,6 +226,11 @@ def bound_cache(module: nn.Module) -> None:
     """Let a stamped attention module swap the cache layers that it is called with. Done once; survives deepcopy."""
     if _before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_before, with_kwargs=True)
+
+
+def meet_cache(module: nn.Module, cache: Cache, attention_mask: Tensor | None) -> None:
+    """What the hook of `bound_cache` does, for a stamped module that calls it itself before it updates its cache."""
+    _before(module, (cache, attention_mask), {})
 
 
 def unbound_cache(module: nn.Module) -> None:

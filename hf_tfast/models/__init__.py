@@ -11,6 +11,7 @@ def register_models() -> None:
     from transformers.models.auto import configuration_auto, modeling_auto
 
     from . import modeling_tfast as lm
+    from . import modeling_tfast_heads as heads
     from .configuration_tfast import TFastConfig
 
     configuration_auto.AutoConfig.register(TFastConfig.model_type, TFastConfig, exist_ok=True)
@@ -18,5 +19,8 @@ def register_models() -> None:
         (modeling_auto.AutoModel, lm.TFastModel),
         (modeling_auto.AutoModelForCausalLM, lm.TFastForCausalLM),
         (modeling_auto.AutoModelForMaskedLM, lm.TFastForMaskedLM),
+        (modeling_auto.AutoModelForSequenceClassification, heads.TFastForSequenceClassification),
+        (modeling_auto.AutoModelForTokenClassification, heads.TFastForTokenClassification),
+        (modeling_auto.AutoModelForQuestionAnswering, heads.TFastForQuestionAnswering),
     ):
         auto.register(TFastConfig, model, exist_ok=True)

@@ -35,13 +35,16 @@ class TFastConfig(PreTrainedConfig):
                          one per layer. Layers that are not named are dense.
     feed_forward         None or "dense".
     position_encoding    "rotary" (see rope_parameters), "sinusoidal", "learned", "low_rank" or "none".
-    position_rank        rank of the "low_rank" table.
+    position_rank        rank of the "low_rank" table; None: by position_error, else at most 64.
+    position_error       the "low_rank" table starts as the sinusoidal one, factorised to this relative error.
     hidden_act           an activation of Transformers: "gelu", "relu", "silu", ...
     mlp_gated            down(act(gate(x)) * up(x)) instead of down(act(up(x))).
     norm_type            "layer_norm" or "rms_norm".
     norm_placement       "pre": x + f(norm(x)), with a norm after the last layer. "post": norm(x + f(x)), with a norm
                          after the embeddings.
     similarity           "dot": q . k / sqrt(head_dim). "cosine": a learned temperature per head times cos(q, k).
+    linformer_projection "drawn", or "learned": Linformer layers own a projection [rank, max_position_embeddings].
+    nystrom_kernel       None, or the odd size of the convolution of values that every Nystrom layer adds and learns.
     attention_gate       the attention output is multiplied by sigmoid(W x), element by element.
     type_vocab_size      kinds of segments that token_type_ids tell apart; 0: none.
     classifier_pooling   "first", "last" or "mean" token of a row; None: "last" for causal models, else "mean".
@@ -58,6 +61,7 @@ class TFastConfig(PreTrainedConfig):
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.gate_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.log_temperature": "colwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -91,9 +95,12 @@ class TFastConfig(PreTrainedConfig):
     classifier_pooling: str | None = None
     causal: bool = False
     attention: Any = None
+    linformer_projection: str = "drawn"
+    nystrom_kernel: int | None = None
     feed_forward: Any = None
     position_encoding: str = "rotary"
     position_rank: int | None = None
+    position_error: float | None = None
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     type_vocab_size: int = 0
@@ -139,6 +146,11 @@ class TFastConfig(PreTrainedConfig):
         """The stacks of layers that `attention` may name, with how many layers each has; None is the only one."""
         return {None: self.num_hidden_layers}
 
+    @property
+    def pooling(self) -> str:
+        """What TFastForSequenceClassification makes of the states of a row."""
+        return self.classifier_pooling or ("last" if self.causal else "mean")
+
     def mechanism(self, layer: int, stack: str | None = None) -> Mechanism:
         """What self-attention of this layer runs."""
         plan = self._plan()
@@ -166,13 +178,17 @@ class TFastConfig(PreTrainedConfig):
         _one_of(self, "similarity", SIMILARITIES)
         _one_of(self, "position_encoding", POSITION_ENCODINGS)
         _one_of(self, "classifier_pooling", (None, "first", "last", "mean"))
+        _one_of(self, "linformer_projection", ("drawn", "learned"))
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"unknown hidden_act {self.hidden_act!r}; 'gelu', 'relu', 'silu' or another of "
                              f"{', '.join(sorted(ACT2FN))}")  # fmt: skip
         if self.position_encoding == "rotary" and self.head_dim % 2:  # type: ignore[operator]
             raise ValueError(f"rotary positions turn pairs of channels, so head_dim must be even, got {self.head_dim}")
-        if self.position_encoding == "low_rank" and self.position_rank is not None and self.position_rank < 1:
-            raise ValueError(f"position_rank must be at least 1, got {self.position_rank}")
+        for name in ("position_rank", "position_error"):
+            if self.position_encoding != "low_rank" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is read by position_encoding='low_rank' only, not by {self.position_encoding!r}"
+                )
         for name in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -198,9 +214,23 @@ class TFastConfig(PreTrainedConfig):
             last, have = layers.first if layers.last is None else layers.last, self.stacks[layers.stack]
             if max(layers.first, last) >= have:
                 raise ValueError(f"attention names layers {layers.text!r}, but there are layers 0 to {have - 1}")
+        used = set()
         for stack, count in self.stacks.items():
             for layer in range(count):
-                self._check_mechanism(self.mechanism(layer, stack), layer, stack)
+                mechanism = self.mechanism(layer, stack)
+                self._check_mechanism(mechanism, layer, stack)
+                used.add(mechanism.name)
+        self._check_learned(used)
+
+    def _check_learned(self, used: set[str]) -> None:
+        if self.linformer_projection == "learned" and "linformer" not in used:
+            raise ValueError("linformer_projection='learned', but no layer of attention is Linformer(...)")
+        if self.nystrom_kernel is None:
+            return
+        if self.nystrom_kernel < 1 or self.nystrom_kernel % 2 == 0:
+            raise ValueError(f"nystrom_kernel must be odd and at least 1, got {self.nystrom_kernel}")
+        if "nystrom" not in used:
+            raise ValueError(f"nystrom_kernel={self.nystrom_kernel}, but no layer of attention is Nystrom(...)")
 
     def is_causal_stack(self, stack: str | None) -> bool:
         """Does self-attention of this stack run causally?"""

@@ -4,6 +4,7 @@
 weights densely, "tfast_<mechanism>" runs that mechanism in every layer.
 """
 
+import math
 from copy import deepcopy
 from typing import Any, cast
 
@@ -20,20 +21,23 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..integration._stamps import NAME
+from ..positions.encodings import Positions
+from ._sharing import SharedModel
 from .configuration_tfast import TFastConfig
 from .modeling_tfast_layers import TFastAttention, TFastEmbeddings, TFastLayer, TFastRotaryEmbedding, make_norm
+from .modeling_tfast_learned import TFastProjection, TFastValueConvolution
 
 __all__ = ["TFastForCausalLM", "TFastForMaskedLM", "TFastModel", "TFastPreTrainedModel"]
 
 
-class TFastPreTrainedModel(PreTrainedModel):
+class TFastPreTrainedModel(SharedModel):
     """What all models of the family share: config, initialisation, and which attention they run."""
 
     config: TFastConfig
@@ -61,8 +65,14 @@ class TFastPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TFastAttention) and module.cosine:
-            init.constant_(module.log_temperature, 0.5 * torch.tensor(float(module.head_dim)).log().item())
+        if isinstance(module, TFastAttention) and module.cosine:  # logits as wide as those of q . k / sqrt(d)
+            init.constant_(module.log_temperature, 0.5 * math.log(module.head_dim))
+        elif isinstance(module, Positions):
+            module.initialize(self.config.initializer_range)
+        elif isinstance(module, TFastProjection):
+            init.copy_(module.weight, module.start())
+        elif isinstance(module, TFastValueConvolution):
+            init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class TFastModel(TFastPreTrainedModel):
@@ -114,6 +124,7 @@ class TFastModel(TFastPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
+        documents = documents_of(attention_mask, packed) if self.config.nystrom_kernel is not None else None
         mask = self._mask(causal, inputs_embeds, attention_mask, past_key_values, packed)
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -124,6 +135,7 @@ class TFastModel(TFastPreTrainedModel):
                 position_embeddings=rotary,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                documents=documents,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -153,6 +165,18 @@ def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past: 
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(inputs_embeds.device)
     seen = past.get_seq_length() if past is not None else 0
     return torch.arange(length, device=inputs_embeds.device)[None] + seen
+
+
+def documents_of(attention_mask: Tensor | None, packed: Tensor | None) -> Tensor | None:
+    """[b j] int: the packed document of every token from 1, 0 for padding; None: one document, no padding."""
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            "nystrom_kernel needs to know which tokens are padding: give an attention_mask [batch, length], got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if attention_mask is not None:
+        return attention_mask.long()
+    return None if packed is None else packed + 1
 
 
 def with_direction(config: TFastConfig, causal: bool) -> TFastConfig:

@@ -17,10 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from ..attention import Mechanism
 from ..attention.dense import Dense
-from ..integration._stamps import Stamp, set_stamp
-from ..integration.cache import bound_cache
+from ..attention.linformer import Linformer
+from ..attention.nystrom import Nystrom
+from ..integration._stamps import NAME, Stamp, set_stamp
+from ..integration.cache import meet_cache
+from ..positions.encodings import make_positions
 from .configuration_tfast import TFastConfig
+from .modeling_tfast_learned import LearnedLinformer, TFastProjection, TFastValueConvolution
 
 __all__ = ["TFastAttention", "TFastEmbeddings", "TFastLayer", "TFastMLP", "TFastRotaryEmbedding", "make_norm"]
 
@@ -109,23 +114,29 @@ class TFastAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
         if config.attention_gate:
             self.gate_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
+        self.convolution: TFastValueConvolution | None = None
         self.cosine = config.similarity == "cosine"
         if self.cosine:
             self.log_temperature = nn.Parameter(torch.zeros(heads))
-        path = f"{stack or 'layers'}.{layer_idx}.{'cross_attn' if is_cross else 'self_attn'}"
-        set_stamp(
-            self,
-            Stamp(
-                path=path,
-                stack=stack or "text",
-                layer=layer_idx,
-                kind="cross" if is_cross else "self",
-                mechanism=Dense() if is_cross else config.mechanism(layer_idx, stack),
-                heads=heads,
-            ),
+        mechanism = Dense() if is_cross else self._with_learned(config.mechanism(layer_idx, stack))
+        stamp = Stamp(
+            path=f"{stack or 'layers'}.{layer_idx}.{'cross_attn' if is_cross else 'self_attn'}",
+            stack=stack or "text",
+            layer=layer_idx,
+            kind="cross" if is_cross else "self",
+            mechanism=mechanism,
+            heads=heads,
         )
-        if self.is_causal:
-            bound_cache(self)
+        set_stamp(self, stamp)
+
+    def _with_learned(self, mechanism: Mechanism) -> Mechanism:
+        """Make what is learned of the mechanism, if the config wants that, and tell the mechanism of it."""
+        if isinstance(mechanism, Nystrom) and self.config.nystrom_kernel is not None:
+            self.convolution = TFastValueConvolution(self.config.num_attention_heads, self.config.nystrom_kernel)
+        if isinstance(mechanism, Linformer) and self.config.linformer_projection == "learned":
+            self.projection = TFastProjection(mechanism, self.config.max_position_embeddings)
+            return LearnedLinformer(rank=mechanism.rank, seed=mechanism.seed, projection=self.projection)
+        return mechanism
 
     def forward(
         self,
@@ -134,9 +145,17 @@ class TFastAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         key_value_states: Tensor | None = None,
+        documents: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [b i hidden] -> the same shape, and weights [b h i j] or None.
+
+        documents  [b j] int: the packed document of every token, 0 for padding; None: one document, no padding. Only
+                   the convolution of values reads it: attention has its mask.
+        """
         shape = hidden_states.shape[:-1]
+        if past_key_values is not None and self.config._attn_implementation == NAME and not self.is_cross_attention:
+            meet_cache(self, past_key_values, attention_mask)
         query = self._split(self.q_proj(hidden_states))
         if self.cosine:
             query = _unit(query) * self.log_temperature.exp().to(query.dtype)[:, None, None]
@@ -156,6 +175,8 @@ class TFastAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        if self.convolution is not None:
+            out = out + self.convolution(value, documents, shape[1]).transpose(1, 2)
         out = out.reshape(*shape, -1)
         if self.config.attention_gate:
             out = out * self.gate_proj(hidden_states).sigmoid()
@@ -214,15 +235,6 @@ class TFastMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.act_fn(self.up_proj(x))
         return self.down_proj(inner)
-
-
-def make_positions(config: TFastConfig) -> nn.Module | None:
-    """Additive positions: forward(position_ids [b i], dtype) -> [b i hidden]; None for rotary and none."""
-    if config.position_encoding in ("rotary", "none"):
-        return None
-    from ..positions.encodings import make_positions as make
-
-    return make(config)
 
 
 def make_norm(config: TFastConfig) -> nn.Module:
@@ -296,7 +308,7 @@ class TFastEmbeddings(nn.Module):
         super().__init__()
         self.positions = make_positions(config)
         # sinusoids are of size 1: as in their source, word embeddings are scaled up to them
-        self.scale = config.hidden_size**0.5 if config.position_encoding == "sinusoidal" else 1.0
+        self.scale = config.hidden_size**0.5 if self.positions is not None and self.positions.unit else 1.0
         if config.type_vocab_size:
             self.token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = make_norm(config) if config.norm_placement == "post" else nn.Identity()

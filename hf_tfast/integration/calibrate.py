@@ -30,7 +30,7 @@ from ..attention.dense import Dense
 from ..attention.svd import best_basis
 from ..backends.rows import group
 from ._basis import Basis, basis_shape, low_rank_layers, set_basis
-from ._stamps import Stamp, set_stamp
+from ._stamps import NAME, Stamp, set_stamp
 from .apply import check_whole
 from .plan import FastPlan
 
@@ -41,7 +41,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Any] | Tens
     """Measure the basis of every layer to which the plan of `model` gives SVD, in place, and return the model.
 
     batches   what the model is called with: dicts (input_ids, attention_mask, ...) or tensors of input_ids; any
-              iterable, read once. A few thousand tokens of the kind that the model will read are plenty.
+              iterable, read once. A few thousand tokens, of the kind and the length that the model will read:
+              rotary positions turn queries and keys, so that a basis is for the lengths that it was made from.
 
     The batches run through the model in eval mode, without gradient or cache; layers of SVD compute dense attention
     meanwhile, all others what the plan gives them. Padding counts for nothing. The basis is stored as two buffers of
@@ -150,6 +151,9 @@ def _layers(model: PreTrainedModel) -> list[_Layer]:
         raise ValueError("the heads are sharded over processes: calibrate in one process, save, and load that sharded")
     layers = []
     for module, stamp in low_rank_layers(model):
+        running = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+        if running != NAME:
+            raise ValueError(f"{stamp.path} runs attn_implementation={running!r} instead of its plan: load without it")
         if (shape := basis_shape(module, stamp)) is not None:
             layers.append(_Layer(module, stamp, shape, _Listening(planned=stamp.mechanism)))
     if not layers:

@@ -55,6 +55,12 @@ class TFastPreTrainedModel(SharedModel):
     def __init__(self, config: TFastConfig, *inputs: Any, **kwargs: Any) -> None:
         config.check()  # fields may have been set since it was made
         super().__init__(config, *inputs, **kwargs)
+        implementation = str(config._attn_implementation)
+        if config.output_attentions and implementation.startswith(NAME):
+            raise ValueError(
+                f"output_attentions=True, but {implementation!r} never forms attention weights: load with "
+                "attn_implementation='eager' for dense ones, or use hf_tfast.attention_map for chosen rows"
+            )
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Nothing asked for: the config's own choice."""
@@ -111,6 +117,11 @@ class TFastModel(TFastPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if torch.compiler.is_exporting() and str(self.config._attn_implementation).startswith(NAME):
+            raise ValueError(
+                "torch.export cannot trace fast attention, which cuts rows by where their padding lies: export "
+                "model.set_attn_implementation('sdpa'), which runs the same weights densely"
+            )
         causal = kwargs.get("is_causal")
         causal = self.config.causal if causal is None else bool(causal)
         if past_key_values is not None and not causal:

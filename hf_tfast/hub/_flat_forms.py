@@ -14,7 +14,7 @@ Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/
 
 '''
 
-TAIL = '''
+TAIL = """
 
 # --- which code runs ---
 
@@ -30,7 +30,7 @@ else:
 {subclasses}
 
 __all__ = {names}
-'''
+"""
 
 POINTER = '''\
 """{title}: the code of this model is the package hf_tfast. pip install hf_tfast
@@ -45,12 +45,12 @@ import hf_tfast
 __all__ = {names}
 '''
 
-_NAME = '''\
+_NAME = """\
 import hashlib
 
 # Of this file alone: several such files and hf_tfast itself can be loaded side by side.
 NAME = "tfast_" + hashlib.sha256(__name__.encode()).hexdigest()[:8]
-'''
+"""
 
 _NAMES = '''\
 def register_names() -> None:
@@ -107,11 +107,13 @@ def table(function: str, base: str, classes: Iterable[type]) -> str:
     """A function that lists classes instead of finding their files."""
     found = sorted(classes, key=lambda cls: cls.__module__)
     imports = "".join(f"    from .{cls.__module__.rpartition('.')[2]} import {cls.__name__}\n" for cls in found)
-    return _TABLE.format(function=function, base=base, imports=imports, classes="".join(f"{c.__name__}, " for c in found).strip())
+    return _TABLE.format(
+        function=function, base=base, imports=imports, classes="".join(f"{c.__name__}, " for c in found).strip()
+    )
 
 
 def replaced(mechanisms: Iterable[type], forms: Iterable[type]) -> dict[str, str]:
-    """"module:definition" -> its flat form."""
+    """ "module:definition" -> its flat form."""
     return {
         "attention._base:mechanisms": table("mechanisms", "Mechanism", mechanisms),
         "feed_forward._base:forms": table("forms", "Form", forms),

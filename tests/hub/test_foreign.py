@@ -1,4 +1,4 @@
-"""A foreign model with a plan, pushed and loaded again: one process each, a fresh cache, nothing but the repository."""
+"""A foreign model with a plan, pushed and loaded again: a process each, a fresh cache, nothing but the repository."""
 
 import pytest
 

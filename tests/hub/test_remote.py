@@ -1,0 +1,173 @@
+"""TFast models pushed with and without code, and loaded where hf_tfast is imported, is installed, and is missing."""
+
+import pytest
+
+from tests.hub.processes import run
+from tests.hub.server import OWNER, LocalHub
+
+MODELS = """
+CAUSAL = ["window", "hashed", "topk", "performer"]
+MASKED = ["nystrom"]
+IDS = torch.arange(40).reshape(2, 20) * 7 % 97 + 1
+MASK = torch.ones_like(IDS)
+MASK[0, :6] = 0
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=MASK).logits.tolist()
+"""
+PUSH = (
+    MODELS
+    + """
+import hf_tfast
+from hf_tfast import TFastConfig, TFastForCausalLM, TFastForMaskedLM
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0,
+         "initializer_range": 0.3}
+ATTENTION = {
+    "window": {"mechanism": "window", "window": 5, "sinks": 1},
+    "hashed": {"mechanism": "hashed", "bits": 2, "rounds": 2, "cap": 4, "window": 2},
+    "topk": {"0": {"mechanism": "topk", "k": 8, "block": 4, "window": 4}, "1": {"mechanism": "window", "window": 3}},
+    "performer": {"mechanism": "performer", "features": 16},
+    "nystrom": {"mechanism": "nystrom", "landmarks": 4},
+}
+torch.manual_seed(7)
+for name, attention in ATTENTION.items():
+    cls = TFastForMaskedLM if name in MASKED else TFastForCausalLM
+    model = cls(TFastConfig(attention=attention, **SMALL)).eval()
+    said[name] = logits(model)
+    model.push_to_hub(f"flat-{name}", remote_code=True)
+    if name == "window":
+        model.push_to_hub("pointer")
+        model.save_pretrained("bare")
+        said["bare"] = sorted(__import__("os").listdir("bare"))
+        model.save_pretrained("pushed-on-saving", push_to_hub=True, remote_code=True)
+        said["tokens"] = model.generate(IDS, attention_mask=MASK, max_new_tokens=8, do_sample=False).tolist()
+    model.set_attn_implementation("sdpa")
+    said[f"{name} dense"] = logits(model)
+"""
+)
+WITHOUT = (
+    MODELS
+    + """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+said["installed"] = error(lambda: __import__("hf_tfast"))
+models = {}
+for name in CAUSAL + MASKED:
+    auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
+    models[name] = auto.from_pretrained(f"OWNER/flat-{name}", trust_remote_code=True)
+    said[name] = logits(models[name])
+for name, model in models.items():  # several files side by side, each with its own classes
+    said[f"{name} again"] = logits(model)
+    model.save_pretrained(name)
+    saved = type(model).from_pretrained(name) if name in MASKED else None
+    auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
+    said[f"{name} saved"] = logits(auto.from_pretrained(name, trust_remote_code=True))
+window = models["window"]
+said["tokens"] = window.generate(IDS, attention_mask=MASK, max_new_tokens=8, do_sample=False).tolist()
+said["files"] = sorted(__import__("os").listdir("window"))
+said["auto_map"] = json.load(open("window/config.json"))["auto_map"]
+said["base"] = type(AutoModel.from_pretrained("OWNER/flat-window", trust_remote_code=True)).__name__
+said["saved without"] = error(lambda: window.save_pretrained("x", remote_code=False))
+window.set_attn_implementation("sdpa")
+said["window dense"] = logits(window)
+window.set_attn_implementation("tfast_window")
+said["other fields"] = logits(window)
+said["untrusted"] = error(lambda: AutoModelForCausalLM.from_pretrained("OWNER/flat-window", trust_remote_code=False))
+said["pointer"] = error(lambda: AutoModelForCausalLM.from_pretrained("OWNER/pointer", trust_remote_code=True))
+said["pointer untrusted"] = error(lambda: AutoModelForCausalLM.from_pretrained("OWNER/pointer", trust_remote_code=False))
+json.dump({"model_type": "tfast"}, open("config.json", "w"))
+said["bare"] = error(lambda: AutoConfig.from_pretrained("."))
+"""
+).replace("OWNER", OWNER)
+IMPORTED = (
+    MODELS
+    + """
+import hf_tfast
+from transformers import AutoModelForCausalLM
+for trust in (None, True):
+    model = AutoModelForCausalLM.from_pretrained("OWNER/flat-window", trust_remote_code=trust)
+    said[f"class {trust}"] = type(model).__module__
+    said[f"window {trust}"] = logits(model)
+model.save_pretrained("plain")
+said["files"] = sorted(__import__("os").listdir("plain"))
+said["auto_map"] = json.load(open("plain/config.json")).get("auto_map")
+said["pointer"] = logits(AutoModelForCausalLM.from_pretrained("OWNER/pointer"))
+said["pushed"] = logits(AutoModelForCausalLM.from_pretrained("OWNER/pushed-on-saving"))
+model.save_pretrained("code", remote_code=True)
+said["again"] = open("code/modeling_tfast.py").read() == open(CODE).read()
+"""
+).replace("OWNER", OWNER)
+INSTALLED = (
+    MODELS
+    + """
+from transformers import AutoModelForCausalLM
+for repository in ("flat-window", "pointer"):
+    said["before"] = "hf_tfast" in sys.modules
+    model = AutoModelForCausalLM.from_pretrained(f"OWNER/{repository}", trust_remote_code=True)
+    import hf_tfast
+    said[f"{repository} is ours"] = isinstance(model, hf_tfast.TFastForCausalLM)
+    said[repository] = logits(model)
+    model.save_pretrained(repository)
+    said[f"{repository} saved"] = logits(AutoModelForCausalLM.from_pretrained(repository))
+    said[f"{repository} plain"] = error(lambda: hf_tfast.TFastForCausalLM(model.config).save_pretrained("plain"))
+"""
+).replace("OWNER", OWNER)
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("remote")
+    with LocalHub() as hub:
+        yield hub, run(hub, place / "push", PUSH), place
+
+
+def test_one_file_runs_without_hf_tfast_to_the_last_bit(pushed):
+    hub, before, place = pushed
+    after = run(hub, place / "without", WITHOUT, without=True)
+    assert after["installed"].startswith("ModuleNotFoundError")
+    for name in ("window", "hashed", "topk", "performer", "nystrom"):
+        assert before[name] != before[f"{name} dense"], "the mechanism must show"
+        for case in (name, f"{name} again", f"{name} saved"):
+            assert after[case] == before[name], case
+    assert after["tokens"] == before["tokens"]
+    assert after["window dense"] == before["window dense"]
+    assert after["other fields"] not in (before["window"],)
+    assert after["files"] == ["config.json", "generation_config.json", "model.safetensors", "modeling_tfast.py"]
+    assert after["auto_map"]["AutoModelForCausalLM"] == "modeling_tfast.TFastForCausalLM"
+    assert after["base"] == "TFastModel"
+    assert "nothing could load it" in after["saved without"]
+    assert "trust_remote_code=True" in after["untrusted"]
+    assert "pip install hf_tfast" in after["pointer"]
+    assert after["pointer"].startswith("ImportError")
+    assert "trust_remote_code=True" in after["pointer untrusted"]
+    assert "model type `tfast`" in after["bare"], "what Transformers says where nothing points to hf_tfast"
+    assert before["bare"] == ["config.json", "generation_config.json", "model.safetensors"]
+    assert hub.unknown == []
+
+
+def test_where_hf_tfast_is_imported_no_code_of_the_repository_runs(pushed):
+    hub, before, place = pushed
+    code = place / "pushed.py"
+    code.write_bytes(hub.files(f"{OWNER}/flat-window")["modeling_tfast.py"])
+    asked = len(hub.requests)
+    after = run(hub, place / "imported", f"CODE = {str(code)!r}\n{IMPORTED}")
+    for trust in (None, True):
+        assert after[f"class {trust}"] == "hf_tfast.models.modeling_tfast"
+        assert after[f"window {trust}"] == before["window"]
+    assert not [request for request in hub.requests[asked:] if request.endswith("modeling_tfast.py")]
+    assert after["files"] == ["config.json", "generation_config.json", "model.safetensors"]
+    assert after["auto_map"] is None
+    assert after["pointer"] == after["pushed"] == before["window"]
+    assert after["again"], "the same model gives the same file in another process"
+
+
+def test_where_hf_tfast_is_installed_its_classes_win(pushed):
+    hub, before, place = pushed
+    after = run(hub, place / "installed", INSTALLED)
+    for repository in ("flat-window", "pointer"):
+        assert after[f"{repository} is ours"]
+        assert after[repository] == after[f"{repository} saved"] == before["window"]
+        assert after[f"{repository} plain"] is None, "the installed class is not marked as one from a repository"

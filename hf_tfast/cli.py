@@ -89,7 +89,10 @@ def bench(
     level: Annotated[str, typer.Option(help="kernel, or module: with the projections of a layer.")] = "kernel",
     left_padding: Annotated[int, typer.Option(help="Padding tokens in front of every row.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    suite: Annotated[str | None, typer.Option(help="Instead of a grid, a named set of targets: targets.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Instead of a grid: targets, modules (every mechanism), peers (Transformers' own modules)."),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Samples of each competitor at most, taken in turns.")] = 7,
     seconds: Annotated[
         float | None,
@@ -97,14 +100,31 @@ def bench(
     ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="modules, peers: go on with the folder of an earlier session.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="modules, peers: begin no race after so many; --resume goes on.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="modules, peers: short lengths, to see that it runs.")
+    ] = False,
+    update: Annotated[
+        Path | None, typer.Option(help="modules, peers: renew the tables between their markers on this page.")
+    ] = None,
     plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plots over the length.")] = True,
     as_json: Json = False,
 ) -> None:
     """Time mechanisms against SDPA of the same dtype, in turns, with peak memory; losses are left in."""
     from .benchmarking import bench as runs
+    from .benchmarking.suites import LONG
     from .benchmarking.terminal import progress, show_timings
     from .benchmarking.workload import Case
 
+    if suite in LONG:
+        _long_suite(context, suite)
+        return
+    _refuse_given(context, LONG_OPTIONS, f"only --suite {' and --suite '.join(LONG)} take")
     output = runs.Output(out=out, overwrite=overwrite, plots=plots)
     if suite is not None:
         _refuse_given(context, GRID_OPTIONS, f"--suite {suite} brings its own cases; leave out")
@@ -129,6 +149,39 @@ def bench(
         _print_json({"folder": str(folder), "records": records})
     else:
         show_timings(records, folder)
+
+
+def _long_suite(context: typer.Context, name: str) -> None:
+    """`tfast bench --suite` of a suite that takes minutes; options are read from the context, as they were given."""
+    from .benchmarking.campaign import LENGTHS, QUICK, Run, conduct
+    from .benchmarking.pages import renew
+    from .benchmarking.suites import long_suite
+    from .benchmarking.terminal import progress, show_page
+
+    unused = set(GRID_OPTIONS) - {"lengths", "dtypes", "passes"} | {"level"}
+    _refuse_given(context, tuple(sorted(unused)), f"--suite {name} brings its own cases; leave out")
+    said = context.params
+    if said["overwrite"]:
+        raise ValueError(f"--suite {name} overwrites nothing: name another folder with --out, or go on with --resume")
+    if said["quick"] and _given(context, "lengths"):
+        raise ValueError("--quick brings its own lengths; leave out --lengths")
+    given: dict[str, Any] = {"lengths": QUICK if said["quick"] else LENGTHS}
+    if _given(context, "lengths"):
+        given["lengths"] = _whole_numbers(said["lengths"])
+    for option in ("dtypes", "passes"):
+        if _given(context, option):
+            given[option] = said[option].split(",")
+    given |= {option: said[option] for option in ("rounds", "seconds") if _given(context, option)}
+    given |= {option: said[option] for option in ("out", "resume", "minutes", "plots")}
+    chosen = long_suite(name)
+    with progress(said["as_json"]) as report:
+        folder, records = conduct(chosen, Run(**given, base={"device": said["device"]}), report)
+    if said["update"] is not None:
+        renew(said["update"], name, chosen.markdown(records))
+    if said["as_json"]:
+        _print_json({"folder": str(folder), "records": records})
+    else:
+        show_page(chosen.markdown(records), folder)
 
 
 @app.command()
@@ -235,11 +288,18 @@ GRID_OPTIONS = (
 )  # fmt: skip
 
 
+LONG_OPTIONS = ("resume", "minutes", "quick", "update")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """ValueError when one of these options was given: it would be ignored."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if _given(context, name):
             raise ValueError(f"{why} --{name.replace('_', '-')}")
 
 

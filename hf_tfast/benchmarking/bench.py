@@ -13,7 +13,7 @@ from .environment import describe as describe_machine
 from .folder import check_new, fresh_name, new_folder
 from .plot import has_lengths, need_matplotlib, plot
 from .speed import Timing, measure
-from .suites import SUITES, Target, judge, verdict_lines
+from .suites import LONG, SUITES, Target, judge, verdict_lines
 from .table import groups, markdown
 from .workload import SDPA, SDPA_MASKED, Case, Competitor, label
 
@@ -102,7 +102,7 @@ def bench_suite(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run the targets of a suite; `base` replaces fields of its cases, such as the device or the level."""
     if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}; there is {', '.join(SUITES)}")
+        raise ValueError(f"unknown suite {name!r}; there is {', '.join([*SUITES, *LONG])}")
     target = output.check()
     wanted = [Target(replace(t.case, **(base or {})), t.mechanism, t.least) for t in SUITES[name]()]
     records, timings = [_machine(report)], list[Timing]()

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ..attention import Mask, Mechanism, mechanism_from_dict, mechanisms
+from ..attention import Mask, Mechanism, mechanism_from_dict
 from .bench import parse_field
+from .budgets import FIDELITY as BUDGETS
+from .budgets import TURNED, standard
 from .captured import Call, listening, load
 from .environment import describe, environment
 from .folder import check_new, fresh_name, new_folder
@@ -31,26 +33,6 @@ from .plot import COLOURS, need_matplotlib
 MARK = "results.jsonl"
 EXACT = 1e-4  # errors below come from rounding in fp32
 QUERIES = 256  # evenly spaced queries whose whole rows of weights are looked at
-
-# Fields of a run without --mechanism, small budgets first; mechanisms that are not named run as they are.
-BUDGETS: dict[str, list[dict[str, Any]]] = {
-    "graph": [],
-    "hashed": [{"bits": 4, "rounds": n, "cap": 64, "window": 16} for n in (1, 2, 4, 8)],
-    "linformer": [{"rank": n} for n in (64, 256, 1024)],
-    "nystrom": [{"landmarks": n} for n in (16, 64, 256)],
-    "performer": [{"features": n} for n in (64, 256, 1024)],
-    "quantized": [
-        {"bits": 8}, {"bits": 8, "queries": True}, {"bits": 8, "scheme": "dynamic"}, {"bits": 8, "scheme": "sine"},
-        {"bits": 4}, {"bits": 4, "scheme": "dynamic"}, {"bits": 4, "scheme": "log"}, {"bits": 4, "scheme": "sine"},
-    ],
-    "random": [{"window": 64, "sinks": 1, "blocks": n} for n in (1, 3, 8)],
-    "svd": [{"rank": n} for n in (2, 4, 8, 16)] + [{"rank": 8, "keys": n} for n in (32, 128, 512)],
-    "threshold": [{"tau": t} for t in (1e-2, 1e-3, 1e-4)],
-    "topk": [{"k": n, "block": b, "window": 32} for b in (1, 16) for n in (32, 128, 512)],
-    "window": [{"window": n, "sinks": 1} for n in (16, 64, 256, 1024)],
-}  # fmt: skip
-
-TURNED = {"hashed": "rounds", "random": "blocks", "svd": "keys", "threshold": "tau", "topk": "k", "window": "window"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +49,6 @@ class Request:
     out: Path | None = None
     overwrite: bool = False
     plots: bool = True
-
-
-def standard() -> list[Mechanism]:
-    """Every mechanism that exists over its budgets."""
-    found = []
-    for name, cls in mechanisms().items():
-        if name != "dense":
-            found += [cls(**given) for given in BUDGETS.get(name, [{}])]
-    return found
 
 
 def fidelity(request: Request, report: Callable[[str], None]) -> tuple[Path, list[dict[str, Any]]]:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from .memory import Peak, available_memory, peak_memory
-from .workload import Case, Competitor, Inputs, TooLarge, make_inputs, workload
+from .workload import CannotRun, Case, Competitor, Inputs, make_inputs, workload
 
 SAMPLE = 0.03  # seconds: far above the clock's resolution and above a scheduler's time slice
 NO_WARM_UP = 1.0  # seconds
+Report = Callable[[str], None]
 APPROACH = (256, 1024, 4096, 16384, 65536, 262144)
 
 
@@ -35,6 +36,7 @@ class Timing:
     label: str
     mechanism: dict[str, Any] | None
     case: Case
+    series: str = ""  # as in Competitor
     samples: tuple[float, ...] = ()  # seconds of one call, in the order they were taken
     repeats: int = 0
     peak: Peak | None = None
@@ -61,6 +63,8 @@ class Timing:
             "mechanism": self.mechanism,
             **asdict(self.case),
         }
+        if self.series:
+            line["series"] = self.series
         if self.skipped is not None:
             return {**line, "skipped": self.skipped}
         first, third = self.quartiles
@@ -105,25 +109,58 @@ def measure(
     *,
     rounds: int = 7,
     seconds: float = 5.0,
-    report: Callable[[str], None] = lambda text: None,
+    report: Report = lambda text: None,
 ) -> Iterator[Timing]:
     """Yield a Timing of every competitor in every case, shorter cases first so that longer ones can be forecast.
 
     rounds   samples of a competitor at most; fewer when `seconds`, the budget of one competitor in one case, runs out.
     report   is told in words what is running.
     """
-    if rounds < 1 or seconds <= 0:
-        raise ValueError(f"rounds must be at least 1 and seconds above 0, got {rounds} and {seconds}")
-    forecasts: dict[tuple[Case, str], Forecast] = {}
+    meter = Meter(rounds=rounds, seconds=seconds, report=report)
     for case in sorted(cases, key=lambda case: case.length):
+        yield from meter.race(case, competitors)
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Runs races, and remembers what calls took so that longer ones can be forecast.
+
+    seconds   a competitor is skipped where one call would take longer.
+    patience  seconds of samples that a competitor gets in one case, `seconds` where not given; one call in any case.
+    baseline  samples of SDPA at least: every speed-up rests on them.
+    """
+
+    rounds: int = 7
+    seconds: float = 5.0
+    patience: float | None = None
+    baseline: int = 1
+    report: Report = lambda text: None  # noqa: E731
+    forecasts: dict[tuple[Case, str], Forecast] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.seconds <= 0:
+            raise ValueError(f"rounds must be at least 1 and seconds above 0, got {self.rounds} and {self.seconds}")
+
+    def forecast(self, case: Case, line: str) -> Forecast:
+        """What is known of one line of a plot: the same case at all lengths."""
         kind = replace(case, length=2**62, left_padding=min(case.left_padding, 1))
-        mine = {who.label: forecasts.setdefault((kind, who.label), Forecast()) for who in competitors}
+        return self.forecasts.setdefault((kind, line), Forecast())
+
+    def race(self, case: Case, competitors: Sequence[Competitor]) -> list[Timing]:
+        """A Timing of every competitor in the case."""
+        mine = {who.label: self.forecast(case, who.line) for who in competitors}
         for who in competitors:
             for length in _steps(mine[who.label].longest, case):
-                report(f"approaching {describe(case)}: {who.label} at {length}")
-                _try(replace(case, length=length), who, mine[who.label], seconds, None)
-        report(describe(case))
-        yield from _race(case, competitors, mine, rounds, seconds)
+                self.report(f"approaching {describe(case)}: {who.label} at {length}")
+                _try(replace(case, length=length), who, mine[who.label], self, None)
+        self.report(describe(case))
+        return _race(case, competitors, mine, self)
+
+    def allowed(self, who: Competitor, single: float) -> int:
+        """Samples for a competitor whose sample takes `single` seconds."""
+        patience = self.seconds if self.patience is None else self.patience
+        least = self.baseline if who.is_baseline else 1
+        return min(self.rounds, max(least, int(patience / single)))
 
 
 def _steps(longest: int, case: Case) -> list[int]:
@@ -152,16 +189,17 @@ class _Runner:
     samples: list[float]
 
 
-def _race(
-    case: Case, competitors: Sequence[Competitor], forecasts: dict[str, Forecast], rounds: int, seconds: float
-) -> list[Timing]:
+def _race(case: Case, competitors: Sequence[Competitor], forecasts: dict[str, Forecast], meter: Meter) -> list[Timing]:
     inputs = make_inputs(case)
-    entered = {who.label: _try(case, who, forecasts[who.label], seconds, inputs, rounds) for who in competitors}
+    entered: dict[str, _Runner | str] = {}
+    for who in competitors:
+        meter.report(f"{describe(case)}: first call of {who.label}")
+        entered[who.label] = _try(case, who, forecasts[who.label], meter, inputs)
     runners = [entry for entry in entered.values() if isinstance(entry, _Runner)]
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(rounds):
+        for turn in range(meter.rounds):
             for runner in runners[turn % max(len(runners), 1) :] + runners[: turn % max(len(runners), 1)]:
                 if len(runner.samples) < runner.allowed:
                     runner.samples.append(_sample(runner.call, runner.repeats, case.device))
@@ -174,15 +212,13 @@ def _race(
     return [_timing(case, who, entered[who.label], baseline) for who in competitors]
 
 
-def _try(
-    case: Case, who: Competitor, forecast: Forecast, seconds: float, inputs: Inputs | None, rounds: int = 1
-) -> "_Runner | str":
+def _try(case: Case, who: Competitor, forecast: Forecast, meter: Meter, inputs: Inputs | None) -> "_Runner | str":
     """The first call of a competitor: a runner ready for its turns, or the reason why it takes none."""
     expected = forecast.at(case.length)
     if expected is not None:
         free = available_memory(case.device)
-        if expected[0] > seconds:
-            return f"one call would take about {expected[0]:.0f} s, over the budget of {seconds:g} s"
+        if expected[0] > meter.seconds:
+            return f"one call would take about {expected[0]:.0f} s, over the budget of {meter.seconds:g} s"
         if expected[1] > 0.8 * free:
             return f"one call might take {expected[1] / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
     try:
@@ -194,7 +230,7 @@ def _try(
         single = took[0]
         if single < NO_WARM_UP:
             single = _sample(call, 1, case.device)
-    except TooLarge as error:
+    except CannotRun as error:
         return str(error)
     except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU allocator raises a plain one
         if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
@@ -202,8 +238,9 @@ def _try(
         return f"out of memory: {str(error).splitlines()[0]}"
     forecast.add(case.length, single, peak.bytes)
     repeats = max(1, math.ceil(SAMPLE / single))
-    allowed = min(rounds, max(1, int(seconds / (single * repeats))))
-    return _Runner(who, call, repeats, allowed, peak, [single] if single >= NO_WARM_UP else [])
+    return _Runner(
+        who, call, repeats, meter.allowed(who, single * repeats), peak, [single] if single >= NO_WARM_UP else []
+    )
 
 
 def _sample(call: Callable[[], Any], repeats: int, device: str) -> float:
@@ -222,9 +259,9 @@ def _sample(call: Callable[[], Any], repeats: int, device: str) -> float:
 def _timing(case: Case, who: Competitor, entry: "_Runner | str", baseline: float | None) -> Timing:
     form = None if who.mechanism is None else who.mechanism.to_dict()
     if isinstance(entry, str):
-        return Timing(label=who.label, mechanism=form, case=case, skipped=entry)
+        return Timing(label=who.label, mechanism=form, case=case, series=who.series, skipped=entry)
     speedup = None if baseline is None else baseline / median(entry.samples)
     return Timing(
-        label=who.label, mechanism=form, case=case, samples=tuple(entry.samples), repeats=entry.repeats,
-        peak=entry.peak, speedup=speedup,
+        label=who.label, mechanism=form, case=case, series=who.series, samples=tuple(entry.samples),
+        repeats=entry.repeats, peak=entry.peak, speedup=speedup,
     )  # fmt: skip

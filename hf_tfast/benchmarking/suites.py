@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..attention import Mechanism
 from ..attention.window import Window
 from .speed import Timing, describe
 from .workload import Case
+
+if TYPE_CHECKING:
+    from .campaign import Suite
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ def targets() -> list[Target]:
 
 
 SUITES = {"targets": targets}
+LONG = ("modules", "peers")  # suites that take minutes and can be continued
+
+
+def long_suite(name: str) -> "Suite":
+    """The suite `name` of LONG, which is a file of that name."""
+    return import_module(f".{name}", __package__).SUITE
 
 
 def judge(wanted: Sequence[Target], timings: Sequence[Timing]) -> list[dict[str, Any]]:

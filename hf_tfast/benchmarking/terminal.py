@@ -52,6 +52,12 @@ def show_timings(records: Sequence[dict[str, Any]], folder: Path) -> None:
     console.print(f"Written to {folder}", highlight=False)
 
 
+def show_page(text: str, folder: Path) -> None:
+    """Tables in Markdown, as they are, and where they were written."""
+    print(text)
+    Console().print(f"Written to {folder}", highlight=False)
+
+
 def target_table(targets: Sequence[dict[str, Any]]) -> Table:
     """Targets of a suite beside what was reached."""
     table = Table(title="targets, times as fast as SDPA", title_justify="left")

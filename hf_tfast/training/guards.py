@@ -1,0 +1,47 @@
+"""What accelerate would silently do differently on a CPU is refused before anything is trained.
+
+Found with accelerate 1.15: on a CPU it drops fp16 and trains in fp32, ignores an FSDP plugin and trains plain data
+parallel, and under a launcher that starts several processes without its CPU backend every process trains alone.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import str_to_bool
+
+__all__ = ["check_launch"]
+
+
+def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -> None:
+    """ValueError where the launch asks for something that this device does not do.
+
+    arguments    TrainingArguments, whose device and processes accelerate has settled.
+    environment  os.environ, where `accelerate launch` and torchrun leave their settings.
+    """
+    given = os.environ if environment is None else environment
+    asked, running = int(given.get("WORLD_SIZE", "1") or 1), int(arguments.world_size)
+    if asked != running:
+        raise ValueError(
+            f"the launcher started {asked} processes, but accelerate sees {running}: each would train alone. On a CPU "
+            f"start them with `accelerate launch --cpu --num_processes {asked}`, or pass --use_cpu"
+        )
+    if arguments.device.type != "cpu":
+        return
+    if arguments.fp16 or given.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
+        raise ValueError(
+            "fp16 on a CPU: accelerate would train in fp32 without a word; use bf16 (--bf16 with --use_cpu, or "
+            "`accelerate launch --cpu --mixed_precision bf16`) or no mixed precision"
+        )
+    if getattr(arguments, "fsdp", None) or _on(given, "ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "FSDP on a CPU: accelerate ignores it and trains plain data parallel; leave it out, or shard with "
+            "Transformers' DistributedConfig(fsdp_size=...)"
+        )
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _on(given, f"ACCELERATE_USE_{name}"):
+            raise ValueError(f"{name.lower()} needs GPUs; choose no distributed plugin for a launch on a CPU")
+
+
+def _on(given: Mapping[str, str], name: str) -> bool:
+    return bool(str_to_bool(given.get(name, "false") or "false"))

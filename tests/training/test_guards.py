@@ -1,0 +1,71 @@
+"""Launches that a CPU would silently turn into something else."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_tfast.training.guards import check_launch
+
+
+def launched(device="cpu", world=1, fp16=False, fsdp=None):
+    return SimpleNamespace(device=torch.device(device), world_size=world, fp16=fp16, fsdp=fsdp)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        ({"fp16": True}, {}, "fp16 on a CPU"),
+        ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 on a CPU"),
+        ({}, {"WORLD_SIZE": "2"}, "2 processes, but accelerate sees 1"),
+        ({"world": 2}, {}, "1 processes, but accelerate sees 2"),
+        ({"fsdp": "full_shard"}, {}, "FSDP on a CPU"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP on a CPU"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed needs GPUs"),
+    ],
+)
+def test_refused(arguments, environment, words):
+    with pytest.raises(ValueError, match=words):
+        check_launch(launched(**arguments), environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ({}, {}),
+        ({"fsdp": []}, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}),
+        ({"world": 2}, {"WORLD_SIZE": "2"}),
+        ({"device": "cuda", "fp16": True, "fsdp": "full_shard"}, {"ACCELERATE_USE_DEEPSPEED": "true"}),
+    ],
+)
+def test_allowed(arguments, environment):
+    check_launch(launched(**arguments), environment)
+
+
+FP16 = "from hf_tfast.training.arguments import PretrainingArguments as A; from hf_tfast.training.guards import *;"
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        ("fp16=True, use_cpu=True", {}, "fp16 on a CPU"),
+        ("", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}, "each would train alone"),
+    ],
+)
+def test_what_accelerate_really_does(options, environment, words, tmp_path):
+    """The true arguments in a fresh process, because accelerate's state lasts as long as a process."""
+    code = f"{FP16} check_launch(A(output_dir={str(tmp_path)!r}, {options}))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**clean, **environment},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr

@@ -22,6 +22,7 @@ _HOMES = {
     "hf_tfast.hub.remote": ("save_code",),
     "hf_tfast.integration._attention_map": ("attention_map",),
     "hf_tfast.integration.apply": ("apply_plan", "remove_plan"),
+    "hf_tfast.integration.cache": ("cache_bytes",),
     "hf_tfast.integration.calibrate": ("calibrate",),
     "hf_tfast.integration.plan": ("FastPlan",),
     "hf_tfast.integration.report": ("attention_report",),

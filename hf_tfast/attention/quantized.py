@@ -26,10 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..backends.codes import Smoothed, decode, earlier_means, encode, levels, multiply
-from ..backends.rows import Rows, attend_rows, group, product, rounded, straight_through
+from ..backends.growing import positions
+from ..backends.rows import ENTRIES, Rows, attend_rows, group, product, rounded, straight_through
 from ..backends.score import Score, softmax_attention
 from ..backends.stored import Stored
 from ._base import Mask, Mechanism, whole
+from ._cached import over_rows
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # None: at least fp32, not rounded
 BLOCK = 128  # keys between two roundings of the running sum
@@ -181,6 +183,43 @@ class Quantized(Mechanism):
 
     def store(self) -> Stored:
         """An empty storage for keys and values in these codes, for a cache."""
-        if not (self.keys and self.values):
-            raise ValueError("a store holds codes of keys and of values: it needs keys=True and values=True")
-        return Stored(bits=self.bits, scheme=self.scheme, smooth=self.smooth)
+        return Stored(bits=self.bits, scheme=self.scheme, smooth=self.smooth, keys=self.keys, values=self.values)
+
+    def remember(self, store: Stored, q: Tensor, k: Tensor, v: Tensor, score: Score, new: Tensor | None) -> None:
+        store.append(k, v, new)
+
+    @torch.no_grad()
+    def resume(self, store: Stored, q: Tensor, score: Score, new: Tensor | None) -> Tensor:
+        """The last queries over the codes as they are stored: nothing is rounded a second time."""
+        (b, h, i, _), g, n, dtype = q.shape, store.heads, len(store), q.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        factor, q = score.factor(q.shape[-1]), q.to(wide)
+        rounded_q = decode(*encode(q, self.scheme, self.bits), self.scheme, self.bits) if self.queries else q
+        last = torch.as_tensor(store.lengths, device=q.device)
+        at = positions(last - (i if new is None else new.sum(-1)), i, new)  # [b or 1, i]
+        step, o = max(1, ENTRIES // max(1, b * h * n)), []
+        for first in range(0, i, step):
+            part = slice(first, min(first + step, i))
+            s = store.scores(group(rounded_q[:, :, part], g), group(q[:, :, part], g), n).view(b, h, -1, n) * factor
+            s = score.cap(s)
+            if i > 1 or at.numel() > 1 or new is not None:
+                s.masked_fill_(torch.arange(n, device=q.device) > at[:, None, part, None], float("-inf"))
+            p = s.softmax(-1) if new is None else s.softmax(-1).nan_to_num_(0.0)
+            if score.sinks is not None:
+                p = p * torch.sigmoid(s.logsumexp(-1, keepdim=True) - score.sinks.to(wide).view(-1, 1, 1))
+            if score.dropout:
+                up_to = lambda m, *shape: torch.arange(m, device=q.device).view(shape)  # noqa: E731
+                kept = score.keep(up_to(b, -1, 1, 1), up_to(h, -1, 1), at[:, None, part, None], up_to(n, -1))
+                p = p * kept / (1.0 - score.dropout)
+            weights, sums = rounded(p, DTYPES[self.weights]), DTYPES[self.sums]
+            after = None if sums is None else lambda total: rounded(total, sums)  # noqa: B023
+            o.append(store.outputs(group(weights, g), after, BLOCK).view(b, h, p.shape[2], -1))
+        return torch.cat(o, 2).to(dtype)
+
+    def expected(self, store: Stored, q: Tensor, score: Score, new: Tensor | None) -> Tensor | None:
+        if self.queries or score.dropout:
+            return None
+        k, v = store.read()
+        plain = replace(self, keys=False, values=False, smooth=0)  # what is read has been rounded
+        run = lambda q, k, v, mask: plain.reference(q, k, v, mask, score)  # noqa: E731
+        return over_rows(run, q.to(k.dtype), k, v, store.lengths, new).to(q.dtype)

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -28,7 +28,8 @@ from ._dense import cross_attention, eager_attention, is_dense_mask, masked_atte
 from ._modules import is_cross
 from ._stamps import NAME, Ran, Stamp, note, stamp_of
 from ._within import within
-from .cache import window_layer
+from .cache import own_layer
+from .caches._own import OwnLayer
 from .masks import KeyRow, key_row, read_row, remembered
 
 __all__ = ["default_mechanism", "register_names"]
@@ -106,7 +107,7 @@ def _dispatch(
     stamp = _stamp(name, module, given)
     _refuse(options, module)
     q, k, v = _autocast(*qkv)
-    bounded = window_layer(module)
+    layer = own_layer(module)
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", None)
@@ -119,24 +120,24 @@ def _dispatch(
     if stamp.kind == "cross":
         return _cross(module, stamp, q, k, v, given, score)
     if given is not None and is_dense_mask(given):
-        if bounded is not None:
+        if layer is not None:
             raise ValueError(
-                f"{stamp.path}: a dense 4-D mask came after the cache had been bounded to the window; give it from "
-                "the first call on (the cache then keeps everything), or a 2-D mask [batch, length]"
+                f"{stamp.path}: a dense 4-D mask came after the cache had been made for {layer.mechanism}; give it "
+                "from the first call on (the cache then keeps everything), or a 2-D mask [batch, length]"
             )
         # as in Transformers, a dense mask stands for all masks, the model's own window included
         o = masked_attention(q, k, v, stamp.mechanism, given, Mask(causal=causal), score)
         return _done(module, o, stamp.mechanism, "dense mask", Mask(causal=causal), q, k)
     row = None if given is None else read_row(given).on(k.shape[0])
-    if bounded is not None:
-        row = bounded.fit(row)  # the mask is made once for all layers, of the full length
+    if layer is not None:
+        row = layer.fit(row)  # the mask is made once for all layers, of the full length
     call = _understand(stamp, q, k, v, row, score, causal, options)
     _check_positions(options, call, given)
     if isinstance(stamp.mechanism, Dense) and stamp.dense == "eager":
         seen = pairs(call.mask, call.window, q.shape[2], call.k.shape[2], q.device)
         o, weights = eager_attention(module, q, call.k, call.v, seen, options)
         return _done(module, o.transpose(1, 2), stamp.mechanism, "eager", call.mask, q, call.k)[0], weights
-    return _run(module, call)
+    return _run(module, call, layer)
 
 
 def _autocast(*qkv: Tensor) -> tuple[Tensor, ...]:
@@ -148,27 +149,36 @@ def _autocast(*qkv: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in qkv)
 
 
-def _run(module: nn.Module, call: _Call) -> tuple[Tensor, None]:
+def _run(module: nn.Module, call: _Call, layer: OwnLayer | None) -> tuple[Tensor, None]:
+    keys = call.k.shape[2] if layer is None else layer.seen
     mechanism = within(call.stamp.mechanism, call.window, call.mask, call.k.shape[2])
     backend = choose_backend(mechanism, "auto")
+    run = attend if layer is None else layer.attend
     try:
-        o = attend(call.q, call.k, call.v, mechanism, call.mask, call.score)
+        o = run(call.q, call.k, call.v, mechanism, call.mask, call.score)
     except ValueError as error:
         raise ValueError(f"{call.stamp.path}: {error}") from error
     if os.environ.get(CHECK, "0") not in ("", "0"):
-        _compare(call, mechanism, o)
-    return _done(module, o, mechanism, backend, call.mask, call.q, call.k)
+        _compare(call, mechanism, o, layer)
+    return _done(module, o, mechanism, backend, call.mask, call.q, call.k, keys)
 
 
 def _done(
-    module: nn.Module, o: Tensor, mechanism: Mechanism, backend: str, mask: Mask, q: Tensor, k: Tensor
+    module: nn.Module,
+    o: Tensor,
+    mechanism: Mechanism,
+    backend: str,
+    mask: Mask,
+    q: Tensor,
+    k: Tensor,
+    keys: int | None = None,
 ) -> tuple[Tensor, None]:
     """Note what ran, and the one transposition of the adapter: [b h i e] -> [b i h e]."""
     ran = Ran(
         mechanism=mechanism,
         backend=backend,
         queries=q.shape[2],
-        keys=k.shape[2],
+        keys=k.shape[2] if keys is None else keys,
         causal=mask.causal,
         heads=q.shape[1],
         width=q.shape[3] + o.shape[3],
@@ -341,9 +351,12 @@ def _restarts(ids: Tensor, valid: Tensor | None) -> bool:
     return bool((back if valid is None else back & valid[:, 1:] & valid[:, :-1]).any())
 
 
-def _compare(call: _Call, mechanism: Mechanism, o: Tensor) -> None:
+def _compare(call: _Call, mechanism: Mechanism, o: Tensor, layer: OwnLayer | None) -> None:
     """HF_TFAST_CHECK=1: the fast path against its reference, on this very input."""
-    expected = attend(call.q, call.k, call.v, mechanism, call.mask, call.score, backend="reference")
+    reference = partial(attend, backend="reference") if layer is None else layer.expected
+    expected = reference(call.q, call.k, call.v, mechanism, call.mask, call.score)
+    if expected is None:  # a running state no longer knows its keys
+        return
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(o.dtype, 3e-2)
     off = float((o.double() - expected.double()).abs().max()) if o.numel() else 0.0
     allowed = tolerance * max(1.0, float(expected.double().abs().max()) if o.numel() else 0.0)

@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_tfast.attention.dense import Dense
 from hf_tfast.attention.window import Window
-from hf_tfast.integration import cache as cache_module
 from hf_tfast.integration.apply import apply_plan, remove_plan
-from hf_tfast.integration.cache import ROLLBACK, WindowLayer, cache_bytes, unbound_cache
+from hf_tfast.integration.cache import cache_bytes, unbound_cache
+from hf_tfast.integration.caches import window as cache_module
+from hf_tfast.integration.caches.window import ROLLBACK, WindowLayer
 from hf_tfast.integration.plan import FastPlan
 
 WORDS = 40

@@ -276,6 +276,10 @@ def test_fewer_past_keys_than_asked_for_are_all_read():
     for keys in (1, 9, 29, 30, 31):
         o = attend(q, k, v, SVD(rank=2, keys=keys), mask, given)
         assert_near(o[:, :, :keys], dense[:, :, :keys], f"{keys} keys")
+        chosen = SVD(rank=2, keys=keys).choose(q, k, mask, given).keys
+        if chosen is not None:
+            assert (chosen >= 0).sum(-1)[0, 0].tolist() == [min(n + 1, keys) for n in range(30)]
+            assert (chosen <= torch.arange(30)[:, None]).all(), "a key of the future is in the choice"
         if keys < 29:
             assert (o[:, :, keys:] - dense[:, :, keys:]).abs().amax() > 1e-3
 

@@ -367,6 +367,13 @@ def test_training_mode_and_generator_are_left_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_dropout_is_off_meanwhile():
+    model = apply_plan(tiny("gpt2"), KEYS).train()
+    assert model.transformer.drop.p == 0.1
+    fresh = calibrated("gpt2")
+    assert all(torch.equal(x, held(fresh)[name]) for name, x in held(calibrate(model, batches())).items())
+
+
 def test_what_has_no_basis_to_calibrate_is_refused():
     with pytest.raises(ValueError, match="expected a Transformers model, got Linear"):
         calibrate(torch.nn.Linear(2, 2), batches())

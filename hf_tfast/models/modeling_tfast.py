@@ -68,6 +68,11 @@ class TFastPreTrainedModel(SharedModel):
             NAME if requested_attention is None else requested_attention, is_init_check
         )
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Transformers passes over modules of custom code without tensors of their own, for models that overwrite
+        loaded weights. `_init_weights` here never does, and has to see them."""
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

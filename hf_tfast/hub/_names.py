@@ -146,12 +146,12 @@ class _Reader(ast.NodeVisitor):
             return
         for part in ast.walk(node):
             if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                self._quoted(part)
+                self._quoted(part, part.value)
         self.visit(node)
 
-    def _quoted(self, constant: ast.Constant) -> None:
+    def _quoted(self, constant: ast.Constant, text: str) -> None:
         try:
-            inner = ast.parse(constant.value, mode="eval")
+            inner = ast.parse(text, mode="eval")
         except SyntaxError:  # a string of Literal["..."] that is no name
             return
         for part in ast.walk(inner):

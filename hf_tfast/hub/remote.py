@@ -20,7 +20,7 @@ from ._flat_forms import HEAD, POINTER, TAIL, replaced
 from ._flatten import flatten
 from ._source import Package
 
-__all__ = ["CODE", "save_code"]
+__all__ = ["CODE", "is_ours", "is_standalone", "save_code"]
 
 CODE = "modeling_tfast.py"
 _ROOT = Path(__file__).parents[1]
@@ -65,9 +65,19 @@ def flat_source(model: PreTrainedModel) -> str:
     return head + body + TAIL.format(subclasses=_subclasses(family, "_installed", "    "), names=_names(family))
 
 
+def is_standalone(text: str) -> bool:
+    """Is this the whole model in one file, and not a pointer to the package?"""
+    return "register_names()" in text
+
+
 def _pointer(family: dict[str, type]) -> str:
     classes = _subclasses(family, "hf_tfast", "")
     return POINTER.format(title=_title(family), subclasses=classes, names=_names(family))
+
+
+def is_ours(model: PreTrainedModel) -> bool:
+    """Is this a model of the TFast family, installed here?"""
+    return all(cls.__module__.startswith(f"{_ROOT.name}.models.") for cls in (type(model.config), type(model)))
 
 
 def _family(model: PreTrainedModel) -> dict[str, type]:
@@ -75,8 +85,7 @@ def _family(model: PreTrainedModel) -> dict[str, type]:
     from transformers.models.auto import modeling_auto
 
     config = type(model.config)
-    own = [config, type(model)]
-    if any(not cls.__module__.startswith(f"{_ROOT.name}.models.") for cls in own):
+    if not is_ours(model):
         raise ValueError(
             f"{type(model).__name__} is a class of {type(model).__module__}, not of the TFast family: its code is not "
             "ours to copy. With a FastPlan it loads wherever hf_tfast is imported: push it without remote_code"

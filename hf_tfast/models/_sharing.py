@@ -23,8 +23,8 @@ class SharedModel(PreTrainedModel):
     """Adds `remote_code` to `save_pretrained` and `push_to_hub`."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, remote_code: bool | None = None, **kwargs: Any) -> None:
-        """As in Transformers. `remote_code` True adds `modeling_tfast.py`, with which the folder loads without hf_tfast
-        by trust_remote_code=True; it replaces an older one. False or None: no code, and none is asked for."""
+        """As in Transformers. `remote_code` True adds `modeling_tfast.py`, with which the folder loads without
+        hf_tfast by trust_remote_code=True; it replaces an older one. False or None: no code, none is asked for."""
         if kwargs.pop("push_to_hub", False):
             named = {name: kwargs.pop(name) for name in _OF_PUSH if name in kwargs}
             self.save_pretrained(save_directory, *args, remote_code=remote_code, **kwargs)
@@ -38,16 +38,19 @@ class SharedModel(PreTrainedModel):
         _leave_out_code(Path(save_directory) / "config.json")
         pushed = _PUSHED.get()
         if remote_code or pushed is not None:
-            from .. import save_code  # the public door: it stands on this room
+            import hf_tfast  # the public door: what it needs stands on this room
 
-            save_code(self, save_directory, standalone=bool(remote_code or pushed))
+            code = {"standalone": bool(remote_code or pushed)}
+            hf_tfast.save_code(self, save_directory, **code)  # type: ignore[misc]
 
-    def push_to_hub(self, repo_id: str, *, remote_code: bool = False, **options: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, remote_code: bool = False, **options: Any
+    ) -> str:
         """As in Transformers, with code. `remote_code` True: all of it, so that hf_tfast need not be installed; False:
         a pointer to hf_tfast."""
         token = _PUSHED.set(remote_code)
         try:
-            return super().push_to_hub(repo_id, **options)
+            return super().push_to_hub(repo_id, **options)  # type: ignore[arg-type]
         finally:
             _PUSHED.reset(token)
 

@@ -77,7 +77,7 @@ window.set_attn_implementation("tfast_window")
 said["other fields"] = logits(window)
 said["untrusted"] = error(lambda: AutoModelForCausalLM.from_pretrained("OWNER/flat-window", trust_remote_code=False))
 said["pointer"] = error(lambda: AutoModelForCausalLM.from_pretrained("OWNER/pointer", trust_remote_code=True))
-said["pointer untrusted"] = error(lambda: AutoModelForCausalLM.from_pretrained("OWNER/pointer", trust_remote_code=False))
+said["pointer untrusted"] = error(lambda: AutoModel.from_pretrained("OWNER/pointer", trust_remote_code=False))
 json.dump({"model_type": "tfast"}, open("config.json", "w"))
 said["bare"] = error(lambda: AutoConfig.from_pretrained("."))
 """

@@ -1,0 +1,214 @@
+"""What was measured of a model, for its card: read from the files that the measuring commands write.
+
+    quickstart   results.json     settings, retrieval, passages, environment
+    training     metrics.json of one model, or results.json with the records of several
+    fidelity     results.jsonl    records of kind "fidelity"
+    bench        results.jsonl    records of kind "timing"
+
+A file belongs to a model or it does not: one of another model, another plan or other fields is refused.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..benchmarking import fidelity, table
+from ..benchmarking.environment import describe
+
+__all__ = ["Facts", "Measured", "read_results"]
+
+Record = dict[str, Any]
+FILES = ("results.json", "results.jsonl", "metrics.json")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file must agree with. `attention`: the plan's or config's, as saved; `names`: of the model and its base.
+
+    mechanisms   every mechanism that self-attention runs, as its dict.
+    """
+
+    attention: Any
+    mechanisms: list[Record]
+    names: list[str]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A section of a card: Markdown with the machine and the command, and figures that the Hub understands."""
+
+    title: str
+    text: str
+    figures: list[EvalResult] = field(default_factory=list)
+
+
+def read_results(path: str | Path, facts: Facts) -> Measured:
+    """The section that a file, or the folder that holds it, makes. ValueError for a file that is not known, or holds
+    what was measured of another model."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if len(found) != 1:
+            raise ValueError(f"expected one of {', '.join(FILES)} in {path}, found {len(found)}")
+        path = found[0]
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            return _lines([json.loads(line) for line in text.splitlines() if line], facts, path)
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if isinstance(content, dict):
+        if "retrieval" in content and "settings" in content:
+            return _quickstart(content, facts, path)
+        if "final" in content and "attention" in content:
+            return _training([content], facts, path)
+        if "records" in content:
+            return _training(content["records"], facts, path)
+    raise ValueError(f"{path} is no result of tfast quickstart, fidelity or bench, nor of a training")
+
+
+def _lines(records: list[Record], facts: Facts, path: Path) -> Measured:
+    kinds = {record.get("kind") for record in records}
+    if "fidelity" in kinds:
+        return _fidelity(records, facts, path)
+    if "timing" in kinds:
+        return _timings(records, facts, path)
+    raise ValueError(f"{path} holds neither fidelity nor timings, but {', '.join(sorted(map(str, kinds)))}")
+
+
+def _fidelity(records: list[Record], facts: Facts, path: Path) -> Measured:
+    about = next(record for record in records if record["kind"] == "input")
+    _check_name(about["model"], facts, path)
+    mine = [r for r in records if r["kind"] != "fidelity" or _is_ours(r, facts)]
+    _check_any([r for r in mine if r["kind"] == "fidelity"], facts, path)
+    kept = [record for record in mine if record["kind"] != "skipped"]
+    return Measured("How near to dense attention, layer by layer", fidelity.markdown(kept))
+
+
+def _timings(records: list[Record], facts: Facts, path: Path) -> Measured:
+    ours = [r for r in records if r["kind"] == "timing" and r["mechanism"] and _is_ours(r["mechanism"], facts)]
+    _check_any(ours, facts, path)
+    rivals = [r for r in records if r["kind"] != "timing" or r["mechanism"] is None]
+    kept = [r for r in records if any(r is other for other in (*ours, *rivals))]
+    return Measured("Speed of one attention call, against SDPA of the same dtype", table.markdown(kept))
+
+
+def _is_ours(record: Record, facts: Facts) -> bool:
+    """Has the record every field of a mechanism that the model runs?"""
+    return any(all(record.get(name) == value for name, value in m.items()) for m in facts.mechanisms)
+
+
+def _check_any(found: Sequence[Record], facts: Facts, path: Path) -> None:
+    if not found:
+        raise ValueError(f"{path} has nothing about what this model runs: {facts.mechanisms}")
+
+
+def _check_name(name: str, facts: Facts, path: Path) -> None:
+    if name not in facts.names:
+        raise ValueError(
+            f"{path} was measured on {name!r}, but this is {' from '.join(map(repr, facts.names))}: leave it out, or "
+            "give base_model if it is the same model"
+        )
+
+
+def _foot(environment: Record, *more: str) -> str:
+    return "\n\n".join([*more, f"Machine: {describe(environment)}", f"Made by: `{environment['command']}`"]) + "\n"
+
+
+def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ruler, *rows))
+
+
+def _quickstart(content: Record, facts: Facts, path: Path) -> Measured:
+    settings, corpus = content["settings"], content["corpus"]
+    _check_name(settings["model"], facts, path)
+    if settings["plan"]["attention"] != facts.attention:
+        raise ValueError(
+            f"{path} was measured with {settings['plan']['attention']}, this model runs {facts.attention}"
+        )
+    documents = _rows(
+        ("whole documents", "MRR", "recall@1", "documents/s", "peak memory"),
+        [
+            (r["label"], f"{r['mrr']:.3f}", f"{r['recall_at_1']:.3f}", f"{r['documents_per_second']:.2f}", _mib(r))
+            for r in content["retrieval"]
+        ],
+    )
+    passages = _rows(
+        ("passages", "passage MRR", "passage recall@1", "document MRR"),
+        [
+            (
+                r["label"],
+                f"{r['passage']['mrr']:.3f}",
+                f"{r['passage']['recall_at_1']:.3f}",
+                f"{r['document']['mrr']:.3f}",
+            )
+            for r in content["passages"]
+        ],
+    )
+    about = (
+        f"{corpus['source']}: {corpus['documents']} documents of {corpus['shortest']} to {corpus['longest']} tokens, "
+        f"{corpus['queries']} queries, {corpus['beyond']:.0%} of them about a passage beyond the "
+        f"{settings['native']} tokens of the base model. {settings['dtype']}, one document at a time, rivals in turns."
+    )
+    fast = next(r for r in content["retrieval"] if r["key"] == "fast")
+    figures = [
+        EvalResult("sentence-similarity", _slug(corpus["source"]), corpus["source"], metric, round(fast[key], 4), name)
+        for metric, key, name in (("mrr", "mrr", "Retrieval of long documents"),
+                                  ("recall", "recall_at_1", "Retrieval of long documents"))
+    ]  # fmt: skip
+    return Measured("Finding long documents", f"{documents}\n\n{passages}\n\n{_foot(content['environment'], about)}",
+                    figures)  # fmt: skip
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _mib(record: Record) -> str:
+    return "-" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:.0f} MiB"
+
+
+def _training(records: list[Record], facts: Facts, path: Path) -> Measured:
+    """All records of a comparison, the model's own in bold; it must be among them."""
+    mine = [r for r in records if r["attention"] == facts.attention and r["parameters"] == facts.parameters]
+    if len(mine) != 1:
+        raise ValueError(
+            f"{path} holds trainings with {[r['attention'] for r in records]} of {records[0]['parameters']:,} "
+            f"parameters, but this model runs {facts.attention} with {facts.parameters:,}: another model"
+        )
+    own = mine[0]
+    masked = "eval_accuracy" in own["final"]
+    share = ("accuracy", "eval_accuracy") if masked else ("bits per byte", "eval_bits_per_byte")
+    rows = []
+    for r in records:
+        final, mark = r["final"], "**" if r is own else ""
+        shown = [final["eval_loss"], final["eval_perplexity"], final.get(share[1]), final.get("eval_loss_far")]
+        cells = [_named(r["attention"]), *("-" if x is None else f"{x:.3f}" for x in shown)]
+        cells.append(f"{r['tokens_per_second']:,.0f}")
+        rows.append([f"{mark}{cell}{mark}" for cell in cells])
+    columns = ("attention", "held-out loss", "perplexity", share[0], "loss on far tokens", "training tokens/s")
+    data = own["data"]
+    about = (
+        f"{own['parameters']:,} parameters, {own['tokens_seen']:,} tokens in {own['steps']} steps of sequences of "
+        f"{data['length']}; {own['training_seconds']:.0f} seconds of training. Held out: "
+        f"{own['final']['eval_targets']:,.0f} targets. A far token last occurred more than {data['far']} tokens ago."
+    )
+    task = "fill-mask" if masked else "text-generation"
+    figures = [EvalResult(task, "held-out", "held-out texts of the training data", "perplexity",
+                          round(own["final"]["eval_perplexity"], 4))]  # fmt: skip
+    return Measured("Training", f"{_rows(columns, rows)}\n\n{_foot(own['environment'], about)}", figures)
+
+
+def _named(attention: Any) -> str:
+    if isinstance(attention, dict) and "mechanism" in attention:
+        fields = ", ".join(f"{name}={value}" for name, value in attention.items() if name != "mechanism")
+        return f"{attention['mechanism']}({fields})"
+    return json.dumps(attention)

@@ -33,11 +33,17 @@ _HOMES = {
     "hf_tfast.integration.plan": ("FastPlan",),
     "hf_tfast.integration.report": ("attention_report",),
     "hf_tfast.models.configuration_tfast": ("TFastConfig",),
+    "hf_tfast.models.configuration_tfast_seq2seq": ("TFastSeq2SeqConfig",),
     "hf_tfast.models.modeling_tfast": ("TFastForCausalLM", "TFastForMaskedLM", "TFastModel", "TFastPreTrainedModel"),
     "hf_tfast.models.modeling_tfast_heads": (
         "TFastForQuestionAnswering",
         "TFastForSequenceClassification",
         "TFastForTokenClassification",
+    ),
+    "hf_tfast.models.modeling_tfast_seq2seq": (
+        "TFastForConditionalGeneration",
+        "TFastSeq2SeqModel",
+        "TFastSeq2SeqPreTrainedModel",
     ),
     "hf_tfast.positions": ("extend_positions",),
 }

@@ -12,7 +12,9 @@ def register_models() -> None:
 
     from . import modeling_tfast as lm
     from . import modeling_tfast_heads as heads
+    from . import modeling_tfast_seq2seq as seq2seq
     from .configuration_tfast import TFastConfig
+    from .configuration_tfast_seq2seq import TFastSeq2SeqConfig
 
     configuration_auto.AutoConfig.register(TFastConfig.model_type, TFastConfig, exist_ok=True)
     for auto, model in (
@@ -24,3 +26,7 @@ def register_models() -> None:
         (modeling_auto.AutoModelForQuestionAnswering, heads.TFastForQuestionAnswering),
     ):
         auto.register(TFastConfig, model, exist_ok=True)
+    configuration_auto.AutoConfig.register(TFastSeq2SeqConfig.model_type, TFastSeq2SeqConfig, exist_ok=True)
+    modeling_auto.AutoModel.register(TFastSeq2SeqConfig, seq2seq.TFastSeq2SeqModel, exist_ok=True)
+    generation = seq2seq.TFastForConditionalGeneration
+    modeling_auto.AutoModelForSeq2SeqLM.register(TFastSeq2SeqConfig, generation, exist_ok=True)

@@ -115,7 +115,16 @@ class TFastConfig(PreTrainedConfig):
     mask_token_id: int | None = None
 
     def __setattr__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, _as_saved(value) if key == "attention" else value)
+        super().__setattr__(key, self.saved_attention(value) if key == "attention" else value)
+
+    @classmethod
+    def saved_attention(cls, given: Any) -> Any:
+        """Mechanisms -> the dicts of config.json. ValueError names what is unknown."""
+        if given is None or given == {} or given == []:
+            return None
+        if isinstance(given, list | tuple):
+            return [TFastConfig.saved_attention(one) for one in given]
+        return FastPlan(attention=given).to_dict()["attention"]
 
     def __post_init__(self, **kwargs: Any) -> None:
         _at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -246,15 +255,6 @@ class TFastConfig(PreTrainedConfig):
             )
         if self.attention_dropout and not mechanism.dropout:
             raise ValueError(f"{mechanism.name} in {where} has no attention dropout: set attention_dropout=0.0")
-
-
-def _as_saved(given: Any) -> Any:
-    """Mechanisms -> the dicts of config.json. ValueError names what is unknown."""
-    if given is None or given == {} or given == []:
-        return None
-    if isinstance(given, list | tuple):
-        return [_as_saved(one) for one in given]
-    return FastPlan(attention=given).to_dict()["attention"]
 
 
 def _one_of(config: PreTrainedConfig, name: str, known: tuple[Any, ...]) -> None:

@@ -43,6 +43,7 @@ class TFastPreTrainedModel(SharedModel):
     config: TFastConfig
     config_class = TFastConfig
     base_model_prefix = "model"
+    attention_in_config = True  # a FastPlan cannot hold another choice
     supports_gradient_checkpointing = True
     _no_split_modules = ["TFastLayer", "TFastEmbeddings"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -93,11 +94,14 @@ class TFastModel(TFastPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embeddings = TFastEmbeddings(config)
-        self.layers = nn.ModuleList(TFastLayer(config, n, config.causal) for n in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.make_layers(config))
         self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.rotary_emb = TFastRotaryEmbedding(config) if config.position_encoding == "rotary" else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_layers(self, config: TFastConfig) -> list[TFastLayer]:
+        return [TFastLayer(config, n, config.causal) for n in range(config.num_hidden_layers)]
 
     @merge_with_config_defaults
     @capture_outputs

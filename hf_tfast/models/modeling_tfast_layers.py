@@ -195,10 +195,12 @@ class TFastAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [b g j d], of this call and of the cache."""
         cache: Any = past_key_values
-        if self.is_cross_attention and isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.cross_attention_cache
-            if past_key_values.is_updated.get(self.layer_idx):
-                return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.self_attention_cache
+            if self.is_cross_attention:
+                cache = past_key_values.cross_attention_cache
+                if past_key_values.is_updated.get(self.layer_idx):
+                    return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         source = key_value_states if self.is_cross_attention else hidden_states
         if source is None:
             raise ValueError("cross-attention needs key_value_states, the states of the encoder")
@@ -209,7 +211,7 @@ class TFastAttention(nn.Module):
             key = rotate(key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-            if cache is not past_key_values and isinstance(past_key_values, EncoderDecoderCache):
+            if self.is_cross_attention and isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values.is_updated[self.layer_idx] = True
         return key, value
 
@@ -269,10 +271,10 @@ class TFastLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-        encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:

@@ -81,6 +81,7 @@ def stamp_model(
 
     `active` False: stamps only, the implementation that was asked for keeps running.
     """
+    _check_free(model)
     found = survey(model)
     planned = _planned_stacks(found, plan)
     _check_layers(found, plan, planned)
@@ -111,6 +112,17 @@ def stamp_model(
         for config in configs:
             config._attn_implementation = {"": NAME}
     return _saved_implementation(model.config, {id(config) for config in configs})
+
+
+def _check_free(model: PreTrainedModel) -> None:
+    """Raise for models whose own config says what their attention computes."""
+    for path, module in model.named_modules():
+        if getattr(module, "attention_in_config", False):
+            raise ValueError(
+                f"{path or 'this model'} ({type(module).__name__}) keeps its attention in its config, and a plan would "
+                "contradict that: load it with from_pretrained(folder, attention=Window(window=512)), or set "
+                "config.attention before the model is made; a plan for such a model can hold feed-forwards only"
+            )
 
 
 def attach(model: PreTrainedModel, quantizer: Any, implementation: str | dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ class AttentionReport:
         text = StringIO()
         Console(file=text, width=120).print(table)
         if self.overruled:
-            text.write(f"The plan does not run: attn_implementation={self.overruled[0]!r} was asked for.\n")
+            text.write(f"What was planned does not run: attn_implementation={self.overruled[0]!r} was asked for.\n")
         return text.getvalue()
 
 
@@ -98,7 +98,7 @@ def attention_report(model: PreTrainedModel, length: int | None = None) -> Atten
     plan = getattr(model.config, "quantization_config", None)
     layers = tuple(_layer(f, model.config, length) for f in found)
     planned = isinstance(plan, FastPlan)
-    overruled = sorted({r.implementation for f, r in zip(found, layers, strict=True) if planned and _overruled(f, r)})
+    overruled = sorted({r.implementation for f, r in zip(found, layers, strict=True) if _overruled(f, r)})
     return AttentionReport(
         model=type(model).__name__,
         length=length,

@@ -8,7 +8,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from hf_tfast import Dense, TFastForCausalLM, TFastForMaskedLM, TFastModel, Window, attention_report
+from hf_tfast import (
+    Dense,
+    FastPlan,
+    TFastForCausalLM,
+    TFastForMaskedLM,
+    TFastModel,
+    Window,
+    apply_plan,
+    attention_report,
+)
 from hf_tfast.attention import mechanisms
 from hf_tfast.integration._stamps import last_run, stamped_modules
 from hf_tfast.testing import assert_near
@@ -139,7 +148,21 @@ def test_the_report_says_what_runs():
     assert [row.implementation for row in report.layers] == ["tfast"] * 2
     assert report.layers[1].density < 0.2
     made.set_attn_implementation("sdpa")
-    assert [row.implementation for row in attention_report(made).layers] == ["sdpa"] * 2
+    report = attention_report(made)
+    assert [row.implementation for row in report.layers] == ["sdpa"] * 2
+    assert report.overruled == ("sdpa",)
+    assert "'sdpa' was asked for" in str(report)
+
+
+def test_a_plan_that_would_contradict_the_config_is_refused(tmp_path):
+    made, plan = make(TFastForCausalLM, attention=NARROW), FastPlan(attention=Window(window=9))
+    expected = logits(made, tokens())
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="keeps its attention in its config"):
+        apply_plan(made, plan)
+    with pytest.raises(ValueError, match=r"from_pretrained\(folder, attention="):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=plan)
+    assert torch.equal(logits(made, tokens()), expected)
 
 
 def test_attention_weights_are_refused_where_none_are_formed():

@@ -31,11 +31,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..backends.block_store import BlockStore
 from ..backends.key_blocks import Bounds, Grid, in_blocks, near_lists, over_queries
 from ..backends.lists import Again, Sizes, attend_lists, log_mass, strips
 from ..backends.score import Score
 from ._base import Mask, whole
 from ._chosen import BlockChoice, Choice, Chosen, candidates, reach_of
+from ._steps import Far, Picked, Stepped, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,11 @@ class Cut(Choice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Threshold(Chosen):
+class Threshold(Stepped, Chosen):
     """Weights under `tau` are left out: one by one (`block` = 1) or by whole blocks; see the module for the window."""
 
     name: ClassVar[str] = "threshold"
+    means: ClassVar[bool] = True
     small: ClassVar[dict[str, Any]] = {"tau": 0.02, "block": 4, "window": 3}
 
     tau: float = 1e-3
@@ -116,7 +119,7 @@ class Threshold(Chosen):
                 each = (rows.reshape(sizes.b, sizes.g, -1, rows.shape[-1]) @ mean.mT).view(shape)
             else:
                 each = score.cap(-bounds.highest(-rows).view(shape))
-            mass = (each + count.log()).masked_fill(~far, float("-inf"))
+            mass = (each + count.to(each.dtype).log()).masked_fill(~far, float("-inf"))
             whole_mass = torch.logaddexp(near[:, :, part], mass.logsumexp(-1))
             read = far & (highest >= (whole_mass + least)[..., None])
             beside[:, :, part] = mass.masked_fill(read, float("-inf")).logsumexp(-1)
@@ -159,6 +162,21 @@ class Threshold(Chosen):
         pick = {"hide": choice.out} if self.renormalise else {"drop": choice.out}
         lists = Again(lambda: strips(Sizes.of(q, k, mask.causal), q.device, **pick))
         return attend_lists(q, k, v, lists, score, choice.at)
+
+    def pick(self, store: BlockStore, far: Far, score: Score) -> Picked:
+        q = far.q * score.factor(far.q.shape[-1])
+        highest = far.heads(score.cap(store.highest(q, far.count)))
+        if score.softcap is None and store.means is not None:
+            each = q @ store.means.first(far.count).mT
+        else:
+            each = score.cap(-store.highest(-q, far.count))
+        mass = far.heads(each + log(self.block))
+        whole_mass = torch.logaddexp(far.near, mass.logsumexp(-1))
+        least = log(self.tau) if self.tau else -torch.inf
+        read = highest >= (whole_mass + least)[..., None]
+        read = read if far.there is None else read & far.there
+        beside = mass.masked_fill(read, float("-inf")).logsumexp(-1)
+        return listed(read)._replace(beside=None if self.renormalise else beside)
 
     def full(self, length: int) -> "Threshold":
         return replace(self, tau=0.0)

@@ -26,11 +26,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..backends.block_store import BlockStore
 from ..backends.key_blocks import Bounds, Grid, best, over_queries
 from ..backends.lists import Again, Sizes, attend_lists, entries, strips
 from ..backends.score import Score
 from ._base import Mask, whole
 from ._chosen import BlockChoice, Choice, Chosen, candidates, reach_of
+from ._steps import Far, Picked, Stepped, largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class KeyChoice(Choice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(Chosen):
+class TopK(Stepped, Chosen):
     """The `k` best keys, as ceil(k / block) blocks of `block` keys, and a window, which is rounded up to blocks."""
 
     name: ClassVar[str] = "topk"
@@ -129,6 +131,9 @@ class TopK(Chosen):
             return choice.attend(q, k, v, mask.causal, score)
         lists = Again(lambda: strips(Sizes.of(q, k, mask.causal), q.device, hide=choice.hidden))
         return attend_lists(q, k, v, lists, score, mask.positions(k.shape[2], q.device))
+
+    def pick(self, store: BlockStore, far: Far, score: Score) -> Picked:
+        return largest(far.heads(store.highest(far.q * _sign(score), far.count)), -(-self.k // self.block))
 
     def full(self, length: int) -> "TopK":
         return replace(self, k=max(length, 1))

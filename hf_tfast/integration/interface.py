@@ -151,7 +151,8 @@ def _autocast(*qkv: Tensor) -> tuple[Tensor, ...]:
 
 def _run(module: nn.Module, call: _Call, layer: OwnLayer | None) -> tuple[Tensor, None]:
     keys = call.k.shape[2] if layer is None else layer.seen
-    mechanism = within(call.stamp.mechanism, call.window, call.mask, call.k.shape[2])
+    span = call.k.shape[2] if layer is None else layer.span
+    mechanism = within(call.stamp.mechanism, call.window, call.mask, span)
     backend = choose_backend(mechanism, "auto")
     run = attend if layer is None else layer.attend
     try:

@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_tfast.attention.quantized import Quantized
+from hf_tfast.attention.threshold import Threshold
+from hf_tfast.attention.topk import TopK
 from hf_tfast.attention.window import Window
 from hf_tfast.integration.cache import cache_bytes
 from hf_tfast.integration.caches.store import StoreLayer
@@ -17,6 +19,10 @@ PLANS = {
     "quantized": Quantized(smooth=8),
     "quantized 4": Quantized(bits=4, smooth=8, scheme="log"),
     "quantized queries": Quantized(smooth=0, queries=True, weights="bfloat16", sums="bfloat16"),
+    "topk": TopK(k=8, block=4, window=3),
+    "topk wide": TopK(k=5, block=3, window=0),
+    "threshold": Threshold(tau=0.05, block=3, window=2),
+    "threshold whole": Threshold(tau=0.1, block=4, window=5, renormalise=True),
 }
 CHANGED = {
     "quantized": {"bits": 4, "smooth": 3},

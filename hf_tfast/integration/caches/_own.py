@@ -26,6 +26,11 @@ class OwnLayer(DynamicLayer):
         self.seen = self.fresh = 0
         self.met = False  # whether a module of this mechanism announced the next update
 
+    @property
+    def span(self) -> int:
+        """Keys that `attend` reads or may read, those given with the call included."""
+        return self.seen
+
     def fit(self, row: KeyRow | None) -> KeyRow | None:
         """The row of all tokens so far -> the row of the keys that the last `update` returned."""
         raise NotImplementedError

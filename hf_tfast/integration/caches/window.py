@@ -60,6 +60,10 @@ class WindowLayer(OwnLayer):
         self.seen += self.fresh
         return self.keys, self.values
 
+    @property
+    def span(self) -> int:
+        return self.keys.shape[2]
+
     def fit(self, row: KeyRow | None) -> KeyRow | None:
         """The row of all tokens so far -> the row of the keys that the last `update` returned; drops what it can."""
         self.check_row(row)

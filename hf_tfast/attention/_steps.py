@@ -1,0 +1,159 @@
+"""Decoding by key blocks: a step scores the boxes of blocks, and reads no keys but those of its window and its choice.
+
+A step at position p reads, of L = p + 1 keys per key head, the last (reach + 1) blocks and, per query head, the blocks
+it chose: (reach + 1 + chosen) block keys and values, and L / block boxes, each the size of two keys.
+"""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.block_store import BlockStore
+from ..backends.growing import Lengths, longest, positions
+from ..backends.key_blocks import best
+from ..backends.rows import group
+from ..backends.score import Score
+from ._base import Mechanism
+from ._cached import over_rows
+from ._chosen import reach_of
+
+STEPS = 16  # queries of one call that are decoded one by one; more of them share what they read
+
+
+class Far(NamedTuple):
+    """What one query knows of the blocks that it may choose: the first `count` ones.
+
+    q       [b g m d] in at least fp32, the m = h / g query heads of a key head.
+    there   None, or [b 1 n] bool: which of the blocks a row has.
+    near    [b h]: log of the sum of e^s over the keys of the window, and the sink logit.
+    """
+
+    q: Tensor
+    count: int
+    there: Tensor | None
+    near: Tensor
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[b g m n] -> [b h n], -inf for blocks that are not there."""
+        x = x.flatten(1, 2)
+        return x if self.there is None else x.masked_fill(~self.there, float("-inf"))
+
+
+class Picked(NamedTuple):
+    """blocks [b h n] int64, those in `live` (None: all) to be read; `beside` as in BlockChoice."""
+
+    blocks: Tensor
+    live: Tensor | None = None
+    beside: Tensor | None = None
+
+
+class Stepped(Mechanism):
+    """A mechanism of chosen key blocks whose cache keeps their boxes."""
+
+    block: int
+    window: int
+    means: ClassVar[bool] = False  # does `pick` read the means of blocks?
+
+    def pick(self, store: BlockStore, far: Far, score: Score) -> Picked:
+        """The blocks among the first `far.count` that a query reads."""
+        raise NotImplementedError
+
+    def store(self) -> BlockStore | None:
+        """Keys and values with the boxes of their blocks; single keys need no cache of ours."""
+        return BlockStore(self.block, means=self.means) if self.block > 1 else None
+
+    def remember(self, store: BlockStore, q: Tensor, k: Tensor, v: Tensor, score: Score, new: Tensor | None) -> None:
+        store.append(k, v, new)
+
+    @torch.no_grad()
+    def resume(self, store: BlockStore, q: Tensor, score: Score, new: Tensor | None) -> Tensor:
+        i = q.shape[2]
+        if i > STEPS or score.dropout:
+            run = lambda q, k, v, mask: self.fast(q, k, v, mask, score)  # noqa: E731
+            return over_rows(run, q, store.keys.held, store.values.held, store.lengths, new)
+        if isinstance(store.lengths, int) and new is None:
+            last: list[Lengths] = list(range(store.lengths - i + 1, store.lengths + 1))
+        else:
+            lengths = torch.as_tensor(store.lengths, device=q.device).expand(len(q))
+            last = list((positions(lengths - (i if new is None else new.sum(-1)), i, new) + 1).unbind(1))
+        return torch.cat([self._step(store, q[:, :, t : t + 1], n, score) for t, n in enumerate(last)], 2)
+
+    def expected(self, store: BlockStore, q: Tensor, score: Score, new: Tensor | None) -> Tensor | None:
+        if score.dropout:
+            return None
+        run = lambda q, k, v, mask: self.reference(q, k, v, mask, score)  # noqa: E731
+        return over_rows(run, q, store.keys.held, store.values.held, store.lengths, new)
+
+    def _step(self, store: BlockStore, q: Tensor, n: Lengths, score: Score) -> Tensor:
+        """Query q [b h 1 d], the last of the first n tokens of each row (0: none) -> [b h 1 e]."""
+        (b, h), g, reach, dtype = (
+            q.shape[:2],
+            store.keys.held.shape[1],
+            reach_of(self.window, self.block, True),
+            q.dtype,
+        )
+        rows = group(q.to(torch.promote_types(dtype, torch.float32)), g)  # [b g h/g d]
+        k, v, hidden, first = self._near(store, n, reach)
+        scale = score.factor(q.shape[-1])
+        s = score.cap((rows @ k.to(rows.dtype).mT).view(b, h, -1) * scale)
+        s = s if hidden is None else s.masked_fill_(hidden, float("-inf"))
+        sinks = None if score.sinks is None else score.sinks.to(s.dtype).expand(b, h)
+        parts, beside, far_values = [s], None, None
+        if count := longest(first):
+            there = None
+            if isinstance(first, Tensor):
+                there = (torch.arange(count, device=q.device) < first[:, None])[:, None]
+            near = s.logsumexp(-1)
+            near = near if sinks is None else torch.logaddexp(near, sinks)
+            picked = self.pick(store, Far(rows, count, there, near), score)
+            beside = picked.beside
+            if picked.blocks.shape[-1]:
+                far = store.gather(store.keys, picked.blocks).to(rows.dtype)
+                s = score.cap((rows.reshape(b, h, 1, -1) @ far.mT)[:, :, 0] * scale)
+                if picked.live is not None:
+                    s = s.masked_fill_(~picked.live.repeat_interleave(self.block, -1), float("-inf"))
+                far_values = store.gather(store.values, picked.blocks).to(rows.dtype)
+                parts.append(s)
+        total = torch.cat(parts, -1).logsumexp(-1)
+        for extra in (sinks, beside):
+            total = total if extra is None else torch.logaddexp(total, extra)
+        weights = [(part - total[..., None]).exp() for part in parts]
+        if hidden is not None:  # rows without a token
+            weights = [w.nan_to_num_(0.0) for w in weights]
+        o = (weights[0].view(b, g, h // g, -1) @ v.to(rows.dtype)).view(b, h, -1)
+        if far_values is not None:
+            o += (weights[1][:, :, None] @ far_values)[:, :, 0]
+        return o[:, :, None].to(dtype)
+
+    def _near(self, store: BlockStore, n: Lengths, reach: int) -> tuple[Tensor, Tensor, Tensor | None, Lengths]:
+        """Keys and values of the query's own block and `reach` before it, which of them are not there ([b 1 m] bool,
+        None: all are), and the number of its first block."""
+        if isinstance(n, int):
+            first = max((n - 1) // self.block - reach, 0)
+            at = slice(first * self.block, n)
+            return store.keys.held[:, :, at], store.values.held[:, :, at], None, first
+        begins = ((n - 1) // self.block - reach).clamp(min=0)
+        slots = (begins * self.block)[:, None] + torch.arange((reach + 1) * self.block, device=n.device)
+        hidden = (slots >= n[:, None])[:, None]
+        slots = slots.clamp(max=store.keys.held.shape[2] - 1)
+        return store.keys.at(slots), store.values.at(slots), hidden, begins
+
+
+def largest(scores: Tensor, count: int) -> Picked:
+    """The `count` blocks with the largest scores [b h n], ties to the earlier; -inf is never among them."""
+    n = scores.shape[-1]
+    if count >= n:
+        live = scores > float("-inf")
+        return Picked(torch.arange(n, device=scores.device).expand_as(scores), None if bool(live.all()) else live)
+    values, blocks = scores.topk(count + 1, dim=-1)
+    if bool((values[..., -2] == values[..., -1]).any()):  # ties at the border, or rows with fewer blocks
+        return listed(best(scores, count))
+    return Picked(blocks[..., :count])
+
+
+def listed(read: Tensor) -> Picked:
+    """The blocks where `read` [b h n] is true."""
+    most = int(read.sum(-1).max())
+    blocks = (~read).to(torch.int8).sort(dim=-1, stable=True).indices[..., :most]
+    return Picked(blocks, read.gather(-1, blocks))

@@ -119,7 +119,7 @@ def _check_free(model: PreTrainedModel) -> None:
     for path, module in model.named_modules():
         if getattr(module, "attention_in_config", False):
             raise ValueError(
-                f"{path or 'this model'} ({type(module).__name__}) keeps its attention in its config, and a plan would "
+                f"{path or 'this model'} ({type(module).__name__}) has its attention in its config, and a plan would "
                 "contradict that: load it with from_pretrained(folder, attention=Window(window=512)), or set "
                 "config.attention before the model is made; a plan for such a model can hold feed-forwards only"
             )

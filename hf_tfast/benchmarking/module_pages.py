@@ -76,24 +76,24 @@ def _budgets(records: Sequence[Record], who: Sequence[str]) -> str:
 
 
 def _times(records: Sequence[Record], who: Sequence[str]) -> str:
-    """One kind: ms, quartiles, samples and peak at every length, SDPA first."""
+    """One kind: ms, quartiles, number of calls and peak at every length, SDPA first."""
     lengths = sorted({r["length"] for r in records})
-    head = ["mechanism", *(f"L={n}: {what}" for n in lengths for what in ("ms", "quartiles", "n", "MiB", "speed-up"))]
+    head = ["mechanism", *(f"L={n}: {what}" for n in lengths for what in ("ms (quartiles)", "n", "MiB", "speed-up"))]
     rows = []
     for name in ("", *who):
         mine = [find(records, series=name or None, length=n) for n in lengths]
         if any(mine):
             rows.append([name or "SDPA", *(cell for r in mine for cell in _cells(r))])
-    skipped = [f"- {r['series'] or 'SDPA'} at L={r['length']}: {r['skipped']}" for r in records if "skipped" in r]
+    skipped = [f"- {r.get('series') or 'SDPA'} at L={r['length']}: {r['skipped']}" for r in records if "skipped" in r]
     return table(head, rows) + ("\n" + "\n".join(skipped) + "\n" if skipped else "")
 
 
 def _cells(r: Record | None) -> list[str]:
     if r is None or "skipped" in r:
-        return ["-" if r is None else "skipped", "", "", "", ""]
+        return ["-" if r is None else "skipped", "", "", ""]
     faster = "-" if r["speedup"] is None else times(r["speedup"])
     bold = f"**{faster}**" if r["speedup"] and r["speedup"] >= 1 and r.get("series") else faster
-    return [ms(r["seconds"]), spread(r), str(len(r["samples"]) * r["repeats"]), mib(r), bold]
+    return [f"{ms(r['seconds'])} ({spread(r)})", str(len(r["samples"]) * r["repeats"]), mib(r), bold]
 
 
 def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
@@ -120,7 +120,7 @@ def heat_map(records: Sequence[Record], path: Path, subtitle: str) -> None:
         return
     lengths = sorted({r["length"] for r in records if r["kind"] == "timing"})
     paint = LinearSegmentedColormap.from_list("speed-up", ["#8E1B1B", "#E57368", "#FFFFFF", "#6FB1DE", "#0B4F8A"])
-    paint.set_bad("#EDEDED")
+    paint = paint.with_extremes(bad="#EDEDED")
     norm, columns = TwoSlopeNorm(0, -4, 5), min(4, len(every))
     rows = -(-len(every) // columns)
     figure = Figure(figsize=(1.6 + (0.55 * len(lengths) + 0.9) * columns * 1.25, rows * (0.3 * len(who) + 0.9) + 0.8),

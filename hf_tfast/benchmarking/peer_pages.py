@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .pages import Record, find, foot, mib, ms, share, spread, table, times
 from .plot import COLOURS
 from .table import PASSES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # series of the peer, series of what stands against it here
 AGAINST = (
@@ -101,7 +104,7 @@ def _detail(records: Sequence[Record], lengths: Sequence[int], dtype: str, passe
 
 
 def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
-    """peers.png: bars of how many times as fast as each peer, a panel a dtype and pass."""
+    """peers.png: how many times as fast as each peer, bars from 1 on a logarithmic axis, a panel a dtype and pass."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,31 +113,47 @@ def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
         return
     columns = min(2, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure = Figure(figsize=(7.2 * columns, 3.6 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(7.4 * columns, (0.9 + 0.24 * len(AGAINST) * (len(lengths) + 0.6)) * rows + 0.7),
+                    layout="constrained")  # fmt: skip
     FigureCanvasAgg(figure)
-    names = [
-        f"{peer.split(',')[0]}{peer.split(',')[1].replace(' landmarks', '')}\nagainst {ours}" for peer, ours in AGAINST
-    ]
     for n, (dtype, passes) in enumerate(kinds):
         axes = figure.add_subplot(rows, columns, n + 1)
-        height = 0.8 / max(len(lengths), 1)
-        for k, length in enumerate(lengths):
-            found = [ratio(records, p, o, dtype=dtype, passes=passes, length=length) for p, o in AGAINST]
-            at = [m + (k - (len(lengths) - 1) / 2) * height for m in range(len(AGAINST))]
-            paint = [COLOURS[0] if x is None or x >= 1 else "#C0392B" for x in found]
-            shade = 0.45 + 0.55 * k / max(len(lengths) - 1, 1)
-            axes.barh(at, [x or 0 for x in found], height * 0.92, color=paint, alpha=shade)
-            for y, x in zip(at, found, strict=True):
-                text = "does not run" if x is None else f" {times(x)}  L={length}"
-                axes.text(x or 0.0, y, text if x else f" {text}", va="center", fontsize=7, color="0.25")
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set_yticks(range(len(AGAINST)), names, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
+        found = [[ratio(records, p, o, dtype=dtype, passes=passes, length=length) for length in lengths]
+                 for p, o in AGAINST]  # fmt: skip
+        _bars(axes, lengths, found)
         axes.set_title(f"{dtype}, {PASSES[passes]}", loc="left", fontsize=10)
-        axes.tick_params(axis="x", labelsize=8)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     figure.suptitle("times as fast as the peer, whole module; red: slower", x=0.01, ha="left", fontweight="bold")
     figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=7, color="0.4")
     figure.savefig(folder / "peers.png", dpi=130)
+
+
+def _bars(axes: "Axes", lengths: Sequence[int], found: Sequence[Sequence[float | None]]) -> None:
+    """One panel: a group of bars a pair, one bar a length, longer lengths darker."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    height, known = 0.84 / len(lengths), [x for row in found for x in row if x is not None]
+    least, most = min([0.9, *known]), max([1.1, *known])
+    axes.set_xscale("log", base=2)
+    for m, row in enumerate(found):
+        for k, (length, x) in enumerate(zip(lengths, row, strict=True)):
+            y = m + (k - (len(lengths) - 1) / 2) * height
+            if x is None:
+                axes.text(1.02, y, f"L={length}: one of them does not run", va="center", fontsize=7, color="0.5")
+                continue
+            paint, shade = COLOURS[0] if x >= 1 else "#C0392B", 0.45 + 0.55 * k / max(len(lengths) - 1, 1)
+            axes.barh(y, x - 1, height * 0.9, left=1, color=paint, alpha=shade)
+            text, place = f"{times(x)}  L={length}", x if x >= 1 else 1.0
+            axes.annotate(text, (place, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=1)
+    names = [f"{peer.replace(',', '')}\nagainst {ours}" for peer, ours in AGAINST]
+    axes.set_yticks(range(len(AGAINST)), names, fontsize=8)
+    axes.set_ylim(len(AGAINST) - 0.45, -0.55)
+    axes.set_xlim(least / 1.1, most * 1.12 * (most / least) ** 0.25)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**n for n in range(-5, 8)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if x >= 1 else f"1/{1 / x:g}"))
+    axes.minorticks_off()
+    axes.tick_params(labelsize=8, length=0)
+    axes.grid(True, axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)

@@ -21,6 +21,10 @@ COLOURS = (
     "#8C564B",
     "#5E3C99",
     "#1B7837",
+    "#B8860B",
+    "#00A3A3",
+    "#C2185B",
+    "#455A64",
 )
 VALUES: dict[str, tuple[str, Callable[[Record], float | None]]] = {
     "time": ("ms per call", lambda r: r["seconds"] * 1e3),

@@ -19,7 +19,11 @@ from .peer_modules import CHUNK, Built, reformer_module
 from .workload import Case, Inputs, join, make_inputs, split
 
 QUERIES = 128  # evenly spaced queries whose whole rows are looked at
-ROUNDS, CAPS, NEAR = (1, 2, 3, 4, 6, 8, 12), (32, 64, 128, 256), 2  # the grid; NEAR: more or fewer bits than log2
+ROUNDS, CAPS, NEAR = (
+    (1, 2, 3, 4, 5, 6, 8, 10, 12),
+    (32, 64, 128, 256),
+    2,
+)  # the grid; NEAR: more or fewer bits than log2
 TRIED = 6  # settings with the fewest pairs that are timed
 
 

@@ -4,16 +4,16 @@
     allowed(i, j) = j in the window of i, or in some round bucket(q_i) = bucket(k_j) and j is among the `cap` last keys
                     of that bucket up to i; without causality among the ceil(cap / 2) last up to i or the
                     floor(cap / 2) first after it. The window is as in Window.
-    bucket(x)     = the number whose binary digits are the signs of x R, R [d bits] with orthonormal columns (several
-                    such if bits > d); vectors at an angle a share one digit with probability 1 - a / pi
+    bucket(x)     = argmax of [x R, -x R], R [d 2^(bits - 1)] with orthonormal columns (several such sets if there are
+                    more than d): the nearest corner of a turned cross-polytope. Beyond 8 bits, of several in a row
 
 Shapes   q [b h i d]   k [b g j d]   v [b g j e]   ->   o [b h i e]
-Cost     O((i + j) (rounds (cap (d + e) + bits d + log j) + window (d + e))) time, O((i + j) (rounds + d + e)) memory,
-         also when everything falls into one bucket
+Cost     O((i + j) (rounds (cap (d + e) + 2^min(bits, 8) d) + window (d + e))) time, O((i + j) (rounds + d + e))
+         memory, also when everything falls into one bucket
 Exact    fast == reference up to rounding, forward and backward, given the buckets, which have no gradient.
-Source   buckets by sign: Charikar, "Similarity Estimation Techniques from Rounding Algorithms", section 3; orthonormal
-         columns: Ji et al., "Super-Bit Locality-Sensitive Hashing"; attention within buckets: Kitaev et al.,
-         "Reformer", section 2, https://arxiv.org/abs/2001.04451
+Source   buckets: Andoni et al., "Practical and Optimal LSH for Angular Distance", section 3,
+         https://arxiv.org/abs/1509.02897; attention within buckets: Kitaev et al., "Reformer", section 2,
+         https://arxiv.org/abs/2001.04451
 Padding  exact, left, right and packed: padding has no bucket.
 Causal   yes
 Differs  queries and keys are two vectors, hashed by one R per key/value head; Reformer shares them. Reformer cuts the
@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..backends.buckets import buckets, directions
 from ..backends.draws import uniform
-from ..backends.lists import Again, Sizes, attend_lists
-from ..backends.runs import Runs, run_lists, window_lists
+from ..backends.lists import Sizes, attend_lists
+from ..backends.runs import Runs, run_lists
 from ..backends.score import Score
 from ._base import Mask, whole
 from ._chosen import Choice, Chosen
@@ -87,16 +88,11 @@ class Hashed(Chosen):
             wide = torch.promote_types(q.dtype, torch.float32)
             first = score.first_head // shared
             turns = torch.stack([rotations(self.seed, first + n, self.rounds, d, self.bits) for n in range(g)])
-            turns = turns.to(q.device, wide)  # [g d r*bits]
-            digits = 2 ** torch.arange(self.bits, device=q.device)
-
-            def bucket(x: Tensor) -> Tensor:
-                """[b g n d] -> [r b g n]"""
-                signs = (x.to(wide) @ turns).unflatten(-1, (self.rounds, self.bits)) > 0
-                return (signs * digits).sum(-1).movedim(-1, 0)
-
-            queries = bucket(q.reshape(b, g, shared * i, d)).reshape(self.rounds, b, h, i)
-            runs = Runs.of(queries, bucket(k), self.cap, mask.causal)
+            turns = turns.to(q.device, wide)  # [g d r*directions]
+            asked = buckets(q.reshape(b, g, shared * i, d), turns, self.bits, self.rounds)
+            runs = Runs.of(
+                asked.reshape(-1, b, h, i), buckets(k, turns, self.bits, self.rounds), self.cap, mask.causal
+            )
         return RunChoice(**Choice.place(q, k, mask, score), runs=runs)
 
     def allowed(self, choice: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, causal: bool = False) -> Tensor:
@@ -108,35 +104,36 @@ class Hashed(Chosen):
     ) -> Tensor:
         choice = self.at(q, k, mask, score, choice)
         sizes, at = Sizes.of(q, k, mask.causal), mask.positions(k.shape[2], q.device)
-        size = tile_size(max(sizes.i * (sizes.h // sizes.g), 1), self.bits)
-        near = Again(lambda: window_lists(sizes, self.window, at))
-        found = list(run_lists(sizes, choice.runs, at, self.window, size))
-        return attend_lists(q, k, v, Again(lambda: iter([*near, *found])), score, at)
+        runs = choice.runs.join(Runs.window(sizes, self.window, at))
+        reach = (self.cap, self.window)
+        lists = list(run_lists(sizes, runs, reach, tile_size(max(sizes.i * (sizes.h // sizes.g), 1), self.bits)))
+        return attend_lists(q, k, v, lists, score, at)
 
     def full(self, length: int) -> "Hashed":
         return replace(self, bits=0, rounds=1, cap=2 * max(length, 1))
 
 
 def tile_size(queries: int, bits: int) -> int:
-    """Queries and keys of a tile: about a bucket, within what matmuls do well."""
-    return min(64, max(16, 2 ** (queries >> bits).bit_length()))
+    """Queries of a tile under causality: about half a bucket, within what matmuls do well."""
+    return min(64, max(16, 2 ** (queries >> bits).bit_length() // 4))
 
 
 @lru_cache(maxsize=1024)
 def rotations(seed: int, head: int, rounds: int, width: int, bits: int) -> Tensor:
-    """[width rounds*bits] float64 on the CPU: random directions, orthonormal within a round, for one key/value head.
+    """[width rounds*directions(bits)] float64 on the CPU: random directions, orthonormal within a round by sets of at
+    most `width`, for one key/value head.
 
     A pure function of its arguments; round r does not depend on how many rounds there are.
     """
     rows, columns = torch.arange(width)[:, None], torch.arange(width)
-    parts = -(-bits // width)
+    count = directions(bits)
     made = []
     for r in range(rounds):
-        for part in range(parts):
+        for part in range(-(-count // width)):
             index = torch.tensor(head), torch.tensor(r), torch.tensor(part), rows, columns
             radius = (-2 * (1 - uniform(seed, *index, torch.tensor(0))).log()).sqrt()  # Box and Muller
             normal = radius * (2 * torch.pi * uniform(seed, *index, torch.tensor(1))).cos()
             turn, upper = torch.linalg.qr(normal)
             turn = turn * upper.diagonal().sign()  # one of the two signs that QR may give
-            made.append(turn[:, : min(width, bits - part * width)])
+            made.append(turn[:, : min(width, count - part * width)])
     return torch.cat(made, -1) if made else torch.zeros(width, 0, dtype=torch.float64)

@@ -138,7 +138,7 @@ def near_lists(sizes: Sizes, grid: Grid, reach: int) -> Iterator[Tiles]:
         if sizes.causal:
             hidden = hidden | (key[:, None] > query[..., None] + first)
         query = torch.where(query == sizes.i, nobody, query + head[:, None] * sizes.i)
-        yield Tiles(query, key + (head // shared)[:, None] * sizes.j, hide=given(hidden))
+        yield Tiles(query, key + (head // shared)[:, None] * sizes.j, lower=given(hidden))
 
 
 def far_lists(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:
@@ -195,4 +195,4 @@ def _gathered(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:
     step = max(1, entries(flat.device) // keys.shape[1])
     for u in range(0, len(rows), step):
         part = slice(u, u + step)
-        yield Tiles(rows[part, None], keys[part], hide=given(gone[part]))
+        yield Tiles(rows[part, None], keys[part], lower=given(gone[part]))

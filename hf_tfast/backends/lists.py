@@ -9,20 +9,30 @@ every further tile is merged into it
 (Milakov and Gimelshein, "Online normalizer calculation for softmax", section 3; Dao et al., "FlashAttention", section
 3.1). Backward recomputes each tile from q, k, v and the log-sum-exp, so memory is linear in rows and lists.
 
+The arithmetic is in base 2, p = 2^(s log2 e - m): torch's exp2 takes a third of the time of its exp on CPUs. All tiles
+of a pass work in the same memory. Pairs are hidden by subtracting HIDDEN from their scores, which is vectorised;
+filling by a mask of bools is not.
+
 Axes   b batch, h query heads, g key/value heads, i queries, j keys, d key width, e value width,
        u tiles that run together, t queries and s keys of a tile.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .score import Score
+from .scratch import Scratch
 
-ENTRIES = {"cpu": 2**20, "cuda": 2**25}  # scores that run together: a few MB on a CPU, so that they stay in cache
+ENTRIES = {"cpu": 2**18, "cuda": 2**25}  # scores that run together: about the second-level cache of a CPU
+HIDDEN = 1e30  # below every score, with room for its multiples in fp32
+LEAST = -1e28  # maximum of a query that has read nothing: above every hidden score
+LOG2_E = math.log2(math.e)
 
 
 def entries(device: torch.device) -> int:
@@ -34,16 +44,19 @@ def entries(device: torch.device) -> int:
 class Tiles:
     """u tiles of equal size.
 
-    rows  [u t] int64: the queries, as rows of q [(b h i) d]; b*h*i stands for nobody. A query is in one tile at most.
-    keys  [u s] int64: the keys, as rows of k [(b g j) d]. Every slot holds a key, hidden ones too: take one that the
-          tile reads anyway.
-    hide  None, or a function of the scores [u t s] (scaled, capped) -> bool, True where a query does not read a key.
-          In backward it is asked again, with the same scores.
-    drop  the same for weights that are left out after the softmax, whose sum they stay part of.
+    rows   [u t] int64: the queries, as rows of q [(b h i) d]; b*h*i stands for nobody. A query is in one tile at most.
+    keys   [u s] int64: the keys, as rows of k [(b g j) d]. Every slot holds a key, hidden ones too: take one that the
+           tile reads anyway.
+    lower  None, or a function of the scores [u t s] in any unit, and of scratch memory, that lowers in place the
+           scores of pairs that are not read, by at least HIDDEN.
+    hide   None, or a function of the scores [u t s] (scaled, capped) -> bool, True where a query does not read a key.
+           In backward it is asked again, with the same scores.
+    drop   the same for weights that are left out after the softmax, whose sum they stay part of.
     """
 
     rows: Tensor
     keys: Tensor
+    lower: Callable[[Tensor, Scratch], None] | None = None
     hide: Callable[[Tensor], Tensor] | None = None
     drop: Callable[[Tensor], Tensor] | None = None
 
@@ -77,9 +90,13 @@ class Again:
 Pick = Callable[[Tensor, Tensor, slice], Tensor]
 
 
-def given(hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """A `hide` that does not look at the scores."""
-    return lambda s: hidden
+def given(hidden: Tensor) -> Callable[[Tensor, Scratch], None]:
+    """A `lower` for the pairs where `hidden`, bool and broadcastable to the scores, is true."""
+
+    def lower(s: Tensor, scratch: Scratch) -> None:
+        s.sub_(scratch("hidden", tuple(hidden.shape), s.dtype).copy_(hidden), alpha=HIDDEN)
+
+    return lower
 
 
 def strips(sizes: Sizes, device: torch.device, hide: Pick | None = None, drop: Pick | None = None) -> Iterator[Tiles]:
@@ -99,18 +116,14 @@ def strips(sizes: Sizes, device: torch.device, hide: Pick | None = None, drop: P
         for u in range(0, heads, step):
             unit = torch.arange(u, min(u + step, heads), device=device)
 
-            def hidden(s: Tensor, unit: Tensor = unit, part: slice = part, later: Tensor | None = later) -> Tensor:
-                out = s.new_zeros((), dtype=torch.bool) if later is None else later
-                return out if hide is None else out | hide(s, unit, part)
-
-            def left_out(s: Tensor, unit: Tensor = unit, part: slice = part) -> Tensor:
-                return drop(s, unit, part)  # type: ignore[misc]
+            def picked(
+                pick: Pick | None, unit: Tensor = unit, part: slice = part
+            ) -> Callable[[Tensor], Tensor] | None:
+                return None if pick is None else lambda s: pick(s, unit, part)
 
             rows = unit[:, None] * sizes.i + torch.arange(part.start, part.stop, device=device)
             keys = (unit // shared)[:, None] * sizes.j + at[:stop]
-            yield Tiles(
-                rows, keys, None if hide is None and later is None else hidden, None if drop is None else left_out
-            )
+            yield Tiles(rows, keys, None if later is None else given(later), picked(hide), picked(drop))
 
 
 def attend_lists(
@@ -144,11 +157,25 @@ def log_mass(q: Tensor, k: Tensor, lists: Iterable[Tiles], score: Score) -> Tens
         mass = flat_q.new_full((call.rows + 1,), float("-inf"))
         if score.sinks is not None:
             mass[:-1] = call.sink_logits(score.sinks)
+        scratch = Scratch(q.device)
         for tiles in call.lists:
-            s, _ = call.scores(call.gather(flat_q, tiles.rows), call.gather(flat_k, tiles.keys), tiles)
+            q_tile, k_tile = (_gather(scratch, n, x, at, call.wide) for n, x, at in
+                              (("q", flat_q, tiles.rows), ("k", flat_k, tiles.keys)))  # fmt: skip
+            s = call.scores(q_tile, k_tile, tiles, scratch, natural=True).s
             rows = tiles.rows.flatten()
-            mass.index_copy_(0, rows, torch.logaddexp(mass.index_select(0, rows), s.logsumexp(-1).flatten()))
+            here = s.logsumexp(-1).masked_fill_(s.amax(-1) < LEAST, float("-inf")).flatten()
+            mass.index_copy_(0, rows, torch.logaddexp(mass.index_select(0, rows), here))
     return mass[:-1].view(call.b, call.h, call.i)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Scores [u t s] of a tile, times log2 e unless natural, and what their slope (softcap) and weights (dropout) are
+    multiplied with, or None."""
+
+    s: Tensor
+    slope: Tensor | None
+    keep: Tensor | None
 
 
 class _Call:
@@ -173,27 +200,35 @@ class _Call:
 
     def padded(self, x: Tensor, factor: float = 1.0) -> Tensor:
         """[b h i d] -> [b*h*i + 1, d] in the wide dtype, times `factor`; the row of nobody is zeros."""
-        flat = torch.zeros(self.rows + 1, x.shape[-1], dtype=self.wide, device=x.device)
-        flat[:-1].view(x.shape).copy_(x).mul_(factor)
+        flat = torch.empty(self.rows + 1, x.shape[-1], dtype=self.wide, device=x.device)
+        torch.mul(x, factor, out=flat[:-1].view(x.shape))
+        flat[-1] = 0
         return flat
 
-    def gather(self, x: Tensor, index: Tensor) -> Tensor:
-        """Rows of x [n d] -> [*index d] in the wide dtype."""
-        return x.index_select(0, index.flatten()).to(self.wide).view(*index.shape, x.shape[-1])
-
-    def scores(self, q: Tensor, k: Tensor, tiles: Tiles, slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[u t s], hidden pairs at -inf, and the derivative of the softcap where asked for."""
-        s = torch.bmm(q, k.mT)
+    def scores(
+        self, q: Tensor, k: Tensor, tiles: Tiles, scratch: Scratch, *, natural: bool = False, slope: bool = False
+    ) -> _Scored:
+        """Of the tile q [u t d], k [u s d]; `slope`: keep that of the softcap."""
+        s = scratch("s", (*tiles.rows.shape, tiles.keys.shape[1]), self.wide)
+        blind = tiles.hide is None and tiles.drop is None  # nobody looks at natural scores
+        early = blind and not natural and self.score.softcap is None
+        torch.baddbmm(s, q, k.mT, beta=0, alpha=LOG2_E if early else 1, out=s)
         steep = None
         if self.score.softcap is not None:
-            s = s.div_(self.score.softcap).tanh_()
+            s.div_(self.score.softcap).tanh_()
             steep = 1 - s.square() if slope else None
-            s = s.mul_(self.score.softcap)
-        if tiles.hide is not None:
-            s = s.masked_fill_(tiles.hide(s), float("-inf"))
-        return s, steep
+            s.mul_(self.score.softcap)
+        hidden = None if tiles.hide is None else tiles.hide(s)
+        keep = self._keep(tiles, s)
+        if not (early or natural):
+            s.mul_(LOG2_E)
+        if hidden is not None:
+            given(hidden)(s, scratch)
+        if tiles.lower is not None:
+            tiles.lower(s, scratch)
+        return _Scored(s, steep, keep)
 
-    def keep(self, tiles: Tiles, s: Tensor) -> Tensor | None:
+    def _keep(self, tiles: Tiles, s: Tensor) -> Tensor | None:
         """What weights are multiplied with after the softmax."""
         kept = None
         if tiles.drop is not None:
@@ -201,14 +236,11 @@ class _Call:
         if self.score.dropout:
             row = tiles.rows[..., None]
             i_at = self.at[self.j - self.i + row % self.i]
-            drawn = self.score.keep(row // (self.h * self.i), row // self.i % self.h, i_at, self.key_at(tiles))
+            j_at = self.at[tiles.keys[:, None] % self.j]
+            drawn = self.score.keep(row // (self.h * self.i), row // self.i % self.h, i_at, j_at)
             drawn = drawn.to(self.wide).mul_(1 / (1 - self.score.dropout))
             kept = drawn if kept is None else kept.mul_(drawn)
         return kept
-
-    def key_at(self, tiles: Tiles) -> Tensor:
-        """[u 1 s]: positions of the keys of the tiles."""
-        return self.at[tiles.keys[:, None] % self.j]
 
     def sink_logits(self, sinks: Tensor) -> Tensor:
         """[h] -> [b*h*i]: the sink logit of every query."""
@@ -218,20 +250,20 @@ class _Call:
 class _Lists(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call) -> Tensor:
-        rows = call.rows
+        rows, scratch = call.rows, Scratch(q.device)
         flat_q, flat_k, flat_v = call.padded(q, call.score.factor(call.d)), _flat(k), _flat(v)
-        top = flat_q.new_full((rows + 1, 1), float("-inf"))
+        top = flat_q.new_full((rows + 1,), LEAST)
         total, o = torch.zeros_like(top), flat_q.new_zeros(rows + 1, call.e)
         for extra in [call.beside, None if sinks is None else call.sink_logits(sinks)]:
             if extra is not None:
-                _merge_logit(top[:-1], total[:-1], extra.reshape(-1, 1).to(call.wide))
+                _merge_logit(top[:-1], total[:-1], extra.reshape(-1).to(call.wide) * LOG2_E)
         for tiles in call.lists:
-            _read(call, tiles, (flat_q, flat_k, flat_v), (top, total, o))
+            _read(call, tiles, (flat_q, flat_k, flat_v), (top, total, o), scratch)
         some = total > 0
-        o = o.div_(total.where(some, 1.0))[:-1].view(call.b, call.h, call.i, call.e)
-        lse = (top + total.log()).masked_fill_(~some, float("inf"))  # a row without keys: exp(s - inf) = 0
-        lse[-1] = float("inf")
-        ctx.save_for_backward(q, k, v, sinks, o, lse)  # type: ignore[arg-type]
+        o = o.div_(total.where(some, 1.0)[:, None])[:-1].view(call.b, call.h, call.i, call.e)
+        mass = top.add_(total.log2_()).masked_fill_(~some, float("inf"))  # a row without keys: 2^(s - inf) = 0
+        mass[-1] = float("inf")
+        ctx.save_for_backward(q, k, v, sinks, o, mass)  # type: ignore[arg-type]
         ctx.call = call  # type: ignore[attr-defined]
         return o.to(v.dtype)
 
@@ -243,68 +275,93 @@ class _Lists(torch.autograd.Function):
 
 
 def _gradients(
-    call: _Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, lse: Tensor
+    call: _Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, mass: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Of q, k, v, sinks and, None, the call."""
-    factor = call.score.factor(call.d)
+    factor, scratch = call.score.factor(call.d), Scratch(q.device)
     flat_q, flat_k, flat_v, do = call.padded(q, factor), _flat(k), _flat(v), call.padded(grad)
-    delta = torch.zeros_like(lse)
-    torch.sum(do[:-1] * o.reshape(-1, call.e), -1, keepdim=True, out=delta[:-1])
+    delta = torch.zeros_like(mass)
+    torch.linalg.vecdot(do[:-1], o.reshape(-1, call.e), out=delta[:-1])
     dq = torch.zeros_like(flat_q)
     dk, dv = torch.zeros_like(flat_k, dtype=call.wide), torch.zeros_like(flat_v, dtype=call.wide)
     for tiles in call.lists:
-        _read_back(call, tiles, (flat_q, flat_k, flat_v, do, lse, delta), (dq, dk, dv))
+        _read_back(call, tiles, (flat_q, flat_k, flat_v, do, mass, delta), (dq, dk, dv), scratch)
     dsinks = None
     if sinks is not None:
-        share = (call.sink_logits(sinks)[:, None] - lse[:-1]).exp() * -delta[:-1]
+        share = (call.sink_logits(sinks) * LOG2_E - mass[:-1]).exp2() * -delta[:-1]
         dsinks = share.view(call.b, call.h, call.i).sum((0, 2)).to(sinks.dtype)
     dq = dq[:-1].mul_(factor).view(q.shape).to(q.dtype)
     return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dsinks, None
 
 
-def _read(call: _Call, tiles: Tiles, inputs: tuple[Tensor, ...], running: tuple[Tensor, Tensor, Tensor]) -> None:
+def _read(
+    call: _Call,
+    tiles: Tiles,
+    inputs: tuple[Tensor, ...],
+    running: tuple[Tensor, Tensor, Tensor],
+    scratch: Scratch,
+) -> None:
     """Merge what the queries of `tiles` read into (top, total, o)."""
     (q, k, v), (top, total, o) = inputs, running
     rows, shape = tiles.rows.flatten(), (*tiles.rows.shape, 1)
-    s, _ = call.scores(call.gather(q, tiles.rows), call.gather(k, tiles.keys), tiles)
-    keep = call.keep(tiles, s)
+    gather = partial(_gather, scratch, dtype=call.wide)
+    scored = call.scores(gather("q", q, tiles.rows), gather("k", k, tiles.keys), tiles, scratch)
+    s = scored.s
     before = top.index_select(0, rows).view(shape)
     now = torch.maximum(before, s.amax(-1, keepdim=True))
-    finite = now if tiles.hide is None else now.nan_to_num(neginf=0.0)  # nothing read yet: exp(-inf - 0) = 0
-    p = s.sub_(finite).exp_()
-    shrink = (before - finite).exp_()
-    top.index_copy_(0, rows, now.view(-1, 1))
-    total.index_copy_(
-        0, rows, torch.addcmul(p.sum(-1, keepdim=True), total.index_select(0, rows).view(shape), shrink).view(-1, 1)
-    )
-    p = p if keep is None else p.mul_(keep)
-    out = call.gather(o, tiles.rows).mul_(shrink)
-    o.index_copy_(0, rows, out.baddbmm_(p, call.gather(v, tiles.keys)).view(-1, call.e))
+    p = s.sub_(now).exp2_()
+    shrink = before.sub_(now).exp2_()
+    top.index_copy_(0, rows, now.view(-1))
+    sums = torch.addcmul(p.sum(-1, keepdim=True), total.index_select(0, rows).view(shape), shrink)
+    total.index_copy_(0, rows, sums.view(-1))
+    p = p if scored.keep is None else p.mul_(scored.keep)
+    out = gather("o", o, tiles.rows).mul_(shrink)
+    o.index_copy_(0, rows, out.baddbmm_(p, gather("v", v, tiles.keys)).view(-1, call.e))
 
 
-def _read_back(call: _Call, tiles: Tiles, inputs: tuple[Tensor, ...], totals: tuple[Tensor, Tensor, Tensor]) -> None:
+def _read_back(
+    call: _Call,
+    tiles: Tiles,
+    inputs: tuple[Tensor, ...],
+    totals: tuple[Tensor, Tensor, Tensor],
+    scratch: Scratch,
+) -> None:
     """Add the gradients of one set of tiles to (dq, dk, dv)."""
-    (q, k, v, do, lse, delta), (dq, dk, dv) = inputs, totals
+    (q, k, v, do, mass, delta), (dq, dk, dv) = inputs, totals
     rows, keys, shape = tiles.rows.flatten(), tiles.keys.flatten(), (*tiles.rows.shape, 1)
-    q_tile, k_tile, do_tile = call.gather(q, tiles.rows), call.gather(k, tiles.keys), call.gather(do, tiles.rows)
-    s, steep = call.scores(q_tile, k_tile, tiles, slope=True)
-    keep = call.keep(tiles, s)
-    p = s.sub_(lse.index_select(0, rows).view(shape)).exp_()
+    gather = partial(_gather, scratch, dtype=call.wide)
+    q_tile, k_tile, do_tile = gather("q", q, tiles.rows), gather("k", k, tiles.keys), gather("do", do, tiles.rows)
+    scored = call.scores(q_tile, k_tile, tiles, scratch, slope=True)
+    p, keep, fresh = (
+        scored.s.sub_(mass.index_select(0, rows).view(shape)).exp2_(),
+        scored.keep,
+        partial(scratch, dtype=call.wide),
+    )
     dropped = p if keep is None else p * keep
-    dv.index_add_(0, keys, torch.bmm(dropped.mT, do_tile).view(-1, call.e))
-    ds = torch.bmm(do_tile, call.gather(v, tiles.keys).mT)
+    out = torch.bmm(dropped.mT, do_tile, out=fresh("dv", (*tiles.keys.shape, call.e)))
+    dv.index_add_(0, keys, out.view(-1, call.e))
+    ds = torch.bmm(do_tile, gather("v", v, tiles.keys).mT, out=fresh("ds", tuple(p.shape)))
     ds = ds if keep is None else ds.mul_(keep)
     ds = ds.sub_(delta.index_select(0, rows).view(shape)).mul_(p)
-    ds = ds if steep is None else ds.mul_(steep)
-    dk.index_add_(0, keys, torch.bmm(ds.mT, q_tile).view(-1, call.d))
-    dq.index_copy_(0, rows, call.gather(dq, tiles.rows).baddbmm_(ds, k_tile).view(-1, call.d))
+    ds = ds if scored.slope is None else ds.mul_(scored.slope)
+    out = torch.bmm(ds.mT, q_tile, out=fresh("dk", k_tile.shape))
+    dk.index_add_(0, keys, out.view(-1, call.d))
+    out = torch.bmm(ds, k_tile, out=fresh("dq", q_tile.shape))
+    dq.index_add_(0, rows, out.view(-1, call.d))
+
+
+def _gather(scratch: Scratch, name: str, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of x [n d] -> [*index d] in `dtype`, in memory of that name."""
+    shape = (index.numel(), x.shape[-1])
+    out = torch.index_select(x, 0, index.flatten(), out=scratch(name, shape, x.dtype))
+    out = out if x.dtype == dtype else scratch(name, shape, dtype).copy_(out)
+    return out.view(*index.shape, x.shape[-1])
 
 
 def _merge_logit(top: Tensor, total: Tensor, logit: Tensor) -> None:
-    """Let a logit per query take part in the softmax, in place."""
+    """Let a logit per query (times log2 e) take part in the softmax, in place."""
     now = torch.maximum(top, logit)
-    finite = now.nan_to_num(neginf=0.0)
-    total.mul_((top - finite).exp_()).add_((logit - finite).exp_())
+    total.mul_((top - now).exp2_()).add_((logit - now).exp2_())
     top.copy_(now)
 
 

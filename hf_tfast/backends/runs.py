@@ -1,37 +1,47 @@
 """Buckets as lists of tiles: keys sorted by (bucket, position), so that what a query reads is one contiguous run.
 
-Tiles are cut per bucket, counted from its first query and its first key in order of position, so that which pairs meet
-in a tile, and where, depends on nothing that comes later: outputs do not change by a single bit when the future does.
+A round is an order of the keys and, for every query, the ranks low <= rank < high that it reads. Tiles are cut per
+bucket. Under causality a tile holds queries whose newest keys share one cell of `size` ranks, counted from the first
+key of the bucket, so that which pairs meet in a tile of which size, and where, depends on nothing that comes later:
+outputs do not change by a single bit when the future does.
 
 Axes   b batch, h query heads, g key/value heads, r rounds, i queries, j keys, u tiles that run together,
        t queries and s keys of a tile.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .lists import Sizes, Tiles, entries, given
+from .lists import HIDDEN, Sizes, Tiles, entries
+from .scratch import Scratch
+
+STEP = 16  # queries and keys of a tile come in multiples of this, so that tiles of one size are many
+EVEN = 80  # without causality a tile holds so many queries at most
+SPAN = 512  # and they stand at most so many keys of their bucket apart
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What every query reads, in every round: the keys of rank low <= rank < high.
+    """What every query reads, in every round: the keys of rank low <= rank < high. All int32.
 
-    order      [r b g j]   the keys, sorted by (bucket, position).
-    rank       [r b g j]   place of every key in `order`.
-    bucket     [r b h i]   bucket of every query.
-    start      [r b h i]   rank of the first key of the query's bucket, or where it would be.
+    order      [r b g j]      the keys, sorted by (bucket, position).
+    rank       [r b g j]      place of every key in `order`.
+    queries    [r b g i*h/g]  the queries that share a key head, as numbers n * i + (which query), n = 0 to h/g - 1,
+                              sorted by (bucket, position).
+    start      [r b h i]      rank of the first key of the query's bucket, or where it would be.
+    own        [r b h i]      rank of the first key of the bucket after the query's position, or where it would be.
     low, high  [r b h i]
     """
 
     order: Tensor
     rank: Tensor
-    bucket: Tensor
+    queries: Tensor
     start: Tensor
+    own: Tensor
     low: Tensor
     high: Tensor
 
@@ -40,120 +50,178 @@ class Runs:
         """Buckets of queries [r b h i] and keys [r b g j], the queries being the last i positions.
 
         Under causality a query reads the last `cap` keys of its bucket up to its own position; else the last
-        ceil(cap / 2) up to it and the first floor(cap / 2) after it. O((i + j) log j).
+        ceil(cap / 2) up to it and the first floor(cap / 2) after it. O(i + j): one radix sort of both together.
         """
         (r, b, h, i), (g, j) = queries.shape, keys.shape[2:]
-        device = keys.device
-        code = keys.long().contiguous() * j + torch.arange(j, device=device)  # unique, so that the order is one
-        code, order = code.sort(dim=-1)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(j, device=device).expand_as(order))
-        shared = queries.long().reshape(r, b, g, h // g * i).contiguous()
-        own = torch.arange(j - i, j, device=device).repeat(h // g)
-        start = torch.searchsorted(code, shared * j)
-        middle = torch.searchsorted(code, shared * j + own, right=True)
-        if causal:
-            low, high = torch.maximum(start, middle - cap), middle
-        else:
-            stop = torch.searchsorted(code, (shared + 1) * j)
-            low, high = torch.maximum(start, middle - (cap + 1) // 2), torch.minimum(stop, middle + cap // 2)
-        by_head = [x.view(r, b, h, i).int() for x in (start, low, high)]
-        return Runs(order.int(), rank.int(), queries.int(), *by_head)
+        units, shared, first = r * b * g, h // g, j - i
+        label, code = _together(queries.view(units, shared, i), keys.reshape(units, j), first)
+        n = code.shape[1]
+        code, perm = code.flatten().sort(stable=True)  # one dimension, stable: torch's radix sort
+        perm = perm.view(units, n) - torch.arange(units, device=perm.device)[:, None] * n
+        label = label[perm]  # [units n]: keys from 0 on, queries from -1 down, by bucket and position
+        is_key = label >= 0
+        count = is_key.cumsum(1, dtype=torch.int32).flatten()
+        starts = _starts(code)
+        bucket = torch.repeat_interleave(starts.diff(append=starts.new_tensor([len(code)])))
+        begin, end = (count - is_key.flatten().int())[starts], count[pad(starts[1:], (0, 1), value=len(code)) - 1]
+        at_keys, at_queries = is_key.flatten().nonzero().view(-1), (~is_key).flatten().nonzero().view(-1)
+        order = label.flatten()[at_keys].view(units, j)
+        sorted_queries = (-1 - label.flatten()[at_queries]).view(units, -1)
+        own, bucket = count[at_queries], bucket[at_queries]
+        start = begin[bucket]
+        low = torch.maximum(start, own - (cap if causal else (cap + 1) // 2))
+        high = own if causal else torch.minimum(end[bucket], own + cap // 2)
+        rank = torch.empty_like(order)
+        rank.scatter_(1, order.long(), torch.arange(j, dtype=torch.int32, device=order.device).expand_as(order))
+        back = sorted_queries.long()
+        by_head = [torch.empty_like(sorted_queries).scatter_(1, back, x.view_as(back)).view(r, b, h, i)
+                   for x in (start, own, low, high)]  # fmt: skip
+        return Runs(order.view(r, b, g, j), rank.view(r, b, g, j), sorted_queries.view(r, b, g, -1), *by_head)
+
+    @staticmethod
+    def window(sizes: Sizes, window: int, at: Tensor) -> "Runs":
+        """One round: |i - j| <= window, or 0 <= i - j < window under causality, for keys at the ascending positions
+        `at` [j]."""
+        b, h, g, i, j = sizes.b, sizes.h, sizes.g, sizes.i, sizes.j
+        own = at[j - i :]
+        low = torch.searchsorted(at, own - (window - 1 if sizes.causal else window))
+        high = torch.searchsorted(at, own if sizes.causal else own + window, right=True)
+        number = torch.arange(j, dtype=torch.int32, device=at.device)
+        queries = torch.arange(h // g * i, dtype=torch.int32, device=at.device).view(h // g, i).T.reshape(-1)
+        by_head = [x.int().expand(1, b, h, i) for x in (torch.zeros_like(low), number[j - i :] + 1, low, high)]
+        keys = number.expand(1, b, g, j)
+        return Runs(keys, keys, queries.expand(1, b, g, -1), *by_head)
+
+    def join(self, other: "Runs") -> "Runs":
+        """The rounds of both."""
+        return Runs(*(torch.cat([getattr(x, f.name) for x in (self, other)]) for f in fields(Runs)))
 
 
-def run_lists(sizes: Sizes, runs: Runs, at: Tensor, window: int, size: int) -> Iterator[Tiles]:
-    """Every query against its runs, in tiles of `size` queries and keys; keys lie at the positions `at` [j].
+def _together(queries: Tensor, keys: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Of buckets of queries [units shared i] and keys [units j]: labels [n], codes [units n] by (unit, bucket).
 
-    A pair is read in the first round that has it, and not at all in the window: |i - j| <= window, or
-    0 <= i - j < window under causality.
+    In order of position, a key before the queries of its position, so that a stable sort keeps that.
     """
+    (units, shared, i), j = queries.shape, keys.shape[1]
+    both = torch.cat([keys[:, first:, None], queries.mT], 2)
+    code = torch.cat([keys[:, :first], both.flatten(1)], 1)
+    number = torch.arange(j, dtype=torch.int32, device=keys.device)
+    asks = -1 - torch.arange(shared * i, dtype=torch.int32, device=keys.device).view(shared, i).T
+    label = torch.cat([number[:first], torch.cat([number[first:, None], asks], 1).flatten()])
+    buckets = int(code.max()) + 1
+    small = torch.int32 if units * buckets < 2**31 else torch.int64
+    return label, code.to(small) + (torch.arange(units, device=keys.device) * buckets).to(small)[:, None]
+
+
+def _starts(*columns: Tensor) -> Tensor:
+    """Where a row of the columns [n] differs from the one before."""
+    new = torch.zeros_like(columns[0], dtype=torch.bool)
+    new[:1] = True
+    for x in columns:
+        new[1:] |= x[1:] != x[:-1]
+    return new.nonzero().view(-1)
+
+
+def run_lists(sizes: Sizes, runs: Runs, reach: tuple[int, int], size: int) -> Iterator[Tiles]:
+    """Every query against its runs, tile by tile; a pair is read in the first round that has it.
+
+    reach   how many keys a run may hold up to the query's own position, per round: the first rounds, the last one.
+    size    queries of a tile under causality; else a tile holds a bucket, or an even part of a large one.
+    """
+    seen = _Seen(sizes, runs)
     for r in range(len(runs.order)):
-        yield from _Round(sizes, runs, at, r, window, size).tiles()
+        yield from _Round(sizes, runs, seen, r, reach[r == len(runs.order) - 1], size).tiles()
+
+
+class _Seen:
+    """Which ranks every query reads, as middle and half width, flattened and with nobody at the end."""
+
+    def __init__(self, sizes: Sizes, runs: Runs) -> None:
+        self.rank = runs.rank.flatten(1)
+        low, high = (pad(x.flatten(1), (0, 1)) for x in (runs.low, runs.high))  # nobody reads [0, 0)
+        self.low, self.high = low, high
+        self.middle, self.half = (low + high - 1) * 0.5, (high - 1 - low) * 0.5  # fp32: exact up to 2^23 keys
 
 
 class _Round:
-    def __init__(self, sizes: Sizes, runs: Runs, at: Tensor, r: int, window: int, size: int) -> None:
-        self.sizes, self.runs, self.r, self.window, self.size = sizes, runs, r, window, size
-        self.at = at.int()
-        self.nobody = sizes.b * sizes.h * sizes.i
-        self.low, self.high = (
-            pad(x[: r + 1].flatten(1), (0, 1)) for x in (runs.low, runs.high)
-        )  # nobody reads [0, 0)
-        self.rank = runs.rank[: r + 1].flatten(1)
-        self.order = runs.order[r].flatten().long()
+    def __init__(self, sizes: Sizes, runs: Runs, seen: _Seen, r: int, reach: int, size: int) -> None:
+        self.sizes, self.runs, self.seen, self.r, self.reach, self.size = sizes, runs, seen, r, reach, size
+        self.per = sizes.h // sizes.g * sizes.i  # queries that share a key head
+        self.order = runs.order[r].flatten()
+        self.rows = self._live()
+
+    def _live(self) -> Tensor:
+        """[n] int64: the queries that read anything, in order."""
+        queries = self.runs.queries[self.r].view(-1, self.per)
+        rows = (queries + torch.arange(len(queries), device=queries.device)[:, None] * self.per).flatten()
+        some = (self.runs.high[self.r] > self.runs.low[self.r]).flatten()
+        return rows if bool(some.all()) else rows[some[rows]]
 
     def tiles(self) -> Iterator[Tiles]:
-        """In waves: the first tile of keys of every tile of queries, the second, ..., so that no query comes twice."""
-        rows = self._rows()
-        low, high = self.low[self.r][rows], self.high[self.r][rows]
-        live = high > low
-        start = self.runs.start[self.r].flatten()[rows[:, 0]].long()
-        first = (low.masked_fill(~live, self.sizes.j).amin(-1) - start).clamp_min(0) // self.size * self.size
-        last = high.masked_fill(~live, 0).amax(-1) - start
-        waves = ((last - first + self.size - 1) // self.size).clamp_min(0)
-        base = start + first
-        head = rows[:, 0] // self.sizes.i
-        shared = self.sizes.h // self.sizes.g
-        unit = (head // shared) * self.sizes.j
-        step = max(1, entries(rows.device) // self.size**2)
-        for wave in range(int(waves.max()) if len(waves) else 0):
-            now = (waves > wave).nonzero().view(-1)
-            for u in range(0, len(now), step):
-                these = now[u : u + step]
-                yield self._tile(rows[these], base[these] + wave * self.size, unit[these])
+        """Tiles of as many queries and about as many keys run together."""
+        first, count, base, width = self._cut()
+        height = torch.full_like(count, self.size) if self.sizes.causal else (count + STEP - 1) // STEP * STEP
+        order = (height * (self.sizes.j + STEP) + width).sort(stable=True).indices
+        first, count, base = first[order], count[order], base[order]
+        heights, widths, at = height[order].tolist(), width[order].tolist(), 0
+        while at < len(widths):
+            t, s = heights[at], widths[at]
+            most = s if self.sizes.causal else s + s // 8 + STEP  # under causality keys lie where they lay before
+            stop = at + 1
+            while (
+                stop < len(widths)
+                and heights[stop] == t
+                and widths[stop] <= most
+                and (t * widths[stop] * (stop + 1 - at) <= entries(self.order.device))
+            ):
+                stop += 1
+            yield self._tile(first[at:stop], count[at:stop], base[at:stop], (t, widths[stop - 1]))
+            at = stop
 
-    def _rows(self) -> Tensor:
-        """[u t]: the queries of every bucket in order of position, cut into tiles."""
-        s, device = self.sizes, self.order.device
-        bucket = self.runs.bucket[self.r].flatten(0, 1)  # [b*h i]
-        bucket, order = bucket.sort(dim=-1, stable=True)
-        order = (order + torch.arange(s.b * s.h, device=device)[:, None] * s.i).flatten()
-        place = torch.arange(s.i, device=device).expand_as(bucket)
-        new = torch.ones_like(bucket, dtype=torch.bool)
-        new[:, 1:] = bucket[:, 1:] != bucket[:, :-1]
-        inside = place - place.masked_fill(~new, 0).cummax(-1).values  # place among the queries of the bucket
-        starts = (inside % self.size == 0).flatten().nonzero().view(-1)
-        stops = pad(starts[1:], (0, 1), value=len(order))
-        places = starts[:, None] + torch.arange(self.size, device=device)
-        return order[places.clamp_max(len(order) - 1)].masked_fill(places >= stops[:, None], self.nobody)
+    def _cut(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of every tile: place of its first query, number of queries, rank of its first key, number of keys."""
+        s, r, rows = self.sizes, self.r, self.rows
+        low, high, start, own = (x[r].flatten()[rows] for x in
+                                 (self.runs.low, self.runs.high, self.runs.start, self.runs.own))  # fmt: skip
+        cell = (own - 1 - start).clamp_min_(0) // (self.size if s.causal else SPAN)
+        groups = _starts(rows // self.per, start, cell)
+        length = groups.diff(append=groups.new_tensor([len(rows)]))
+        tiles = (length + self.size - 1) // self.size if s.causal else (length + EVEN - 1) // EVEN
+        each = torch.full_like(tiles, self.size) if s.causal else (length + tiles - 1) // tiles
+        group = torch.repeat_interleave(tiles)
+        inside = (torch.arange(len(group), device=rows.device) - (tiles.cumsum(0) - tiles)[group]) * each[group]
+        first, count = groups[group] + inside, torch.minimum(each[group], length[group] - inside)
+        if s.causal:
+            before = (cell[first] * self.size + 1 - self.reach).clamp_min_(0)
+            base, width = start[first] + before, (cell[first] + 1) * self.size - before
+        else:
+            base, width = low[first], high[first + count - 1] - low[first]
+        return first, count, base.long(), (width.long() + STEP - 1) // STEP * STEP
 
-    def _tile(self, rows: Tensor, base: Tensor, unit: Tensor) -> Tiles:
-        s = self.sizes
-        places = (base[:, None] + torch.arange(self.size, device=rows.device)).clamp_max(s.j - 1)
-        keys = self.order[unit[:, None] + places] + unit[:, None]
-        past_end = base[:, None] + torch.arange(self.size, device=rows.device) >= s.j
+    def _tile(self, first: Tensor, count: Tensor, base: Tensor, shape: tuple[int, int]) -> Tiles:
+        s, r, seen, device = self.sizes, self.r, self.seen, self.order.device
+        inside = torch.arange(shape[0], device=device)
+        rows = self.rows.take((first[:, None] + inside).clamp_max_(len(self.rows) - 1))
+        unit = rows[:, :1] // self.per * s.j
+        rows = rows.masked_fill_(inside >= count[:, None], s.b * s.h * s.i)
+        places = base[:, None] + torch.arange(shape[1], device=device)
+        keys = self.order.take(unit + places.clamp_max(s.j - 1)) + unit
+        flat, column = rows.flatten(), (*rows.shape, 1)
 
-        def hide(_: Tensor) -> Tensor:
-            ranks = self.rank[self.r][keys].masked_fill(past_end, -1)[:, None]  # the end of `order` comes once only
-            hidden = (ranks < self.low[self.r][rows][..., None]) | (ranks >= self.high[self.r][rows][..., None])
-            away = self.at[rows % s.i + s.j - s.i][..., None] - self.at[keys % s.j][:, None]
-            hidden |= (away < self.window) if s.causal else (away.abs() <= self.window)
-            for r in range(self.r):
-                ranks = self.rank[r][keys][:, None]
-                hidden |= (ranks >= self.low[r][rows][..., None]) & (ranks < self.high[r][rows][..., None])
-            return hidden
+        def lower(scores: Tensor, scratch: Scratch) -> None:
+            far = scratch("far", tuple(scores.shape), scores.dtype)
 
-        return Tiles(rows, keys, hide)
+            def away(ranks: Tensor, r: int) -> tuple[Tensor, Tensor]:
+                """|rank - middle|, and the half width: a key is read where the first is not larger."""
+                middle, half = (
+                    x[r].index_select(0, flat).view(column).to(far.dtype) for x in (seen.middle, seen.half)
+                )
+                return torch.sub(ranks.to(far.dtype)[:, None], middle, out=far).abs_(), half
 
+            distance, half = away(places, r)
+            scores.sub_(distance.sub_(half).clamp_min_(0), alpha=HIDDEN)  # the next rank is one too far
+            for earlier in range(r):
+                distance, half = away(seen.rank[earlier].take(keys), earlier)
+                scores.sub_(torch.sub(half + 1, distance, out=far).clamp_min_(0), alpha=HIDDEN)
 
-def window_lists(sizes: Sizes, window: int, at: Tensor) -> Iterator[Tiles]:
-    """Every query against its window: |i - j| <= window, or 0 <= i - j < window under causality, for keys at
-    the ascending positions `at` [j]."""
-    device, size = at.device, 16 if window <= 16 else 64  # a small window fills little of a large tile
-    first, after = sizes.j - sizes.i, 0 if sizes.causal else min(window, sizes.j)
-    before = min(window - 1 if sizes.causal else window, sizes.j)
-    cuts = range(0, sizes.i, size)
-    heads, shared = sizes.b * sizes.h, sizes.h // sizes.g
-    start = torch.tensor(list(cuts), device=device)
-    offset = torch.arange(-before, size + after, device=device)
-    step = max(1, entries(device) // (size * len(offset)))
-    for u in range(0, heads * len(cuts), step):
-        unit = torch.arange(u, min(u + step, heads * len(cuts)), device=device)
-        head, begin = unit // len(cuts), start[unit % len(cuts), None]
-        query = begin + torch.arange(size, device=device)
-        key = begin + first + offset
-        there = (key >= 0) & (key < sizes.j)
-        away = at[(query + first).clamp_max(sizes.j - 1)][..., None] - at[key.clamp(0, sizes.j - 1)][:, None]
-        hidden = ~there[:, None] | (away < -after) | (away > before)
-        rows = torch.where(query < sizes.i, query + head[:, None] * sizes.i, heads * sizes.i)
-        keys = torch.where(there, key, begin + first) + (head // shared)[:, None] * sizes.j
-        yield Tiles(rows, keys, given(hidden))
+        return Tiles(rows, keys, lower)

@@ -68,10 +68,14 @@ class Form:
     their fields are the config, and `to_dict` goes into config.json.
 
     name         the file's name.
+    order        its place among the forms of a layer: 0 prunes, 1 factorises, 2 rounds activations, 3 stores integers.
+    lossless     can `restore` put the dense layers back as they were?
     calibrated   does `apply` read moments of the layers' inputs?
     """
 
     name: ClassVar[str]
+    order: ClassVar[int]
+    lossless: ClassVar[bool] = False
 
     @property
     def calibrated(self) -> bool:
@@ -86,9 +90,13 @@ class Form:
         """
         raise NotImplementedError
 
+    def restore(self, block: Block) -> None:
+        """Put the layers back that `apply` found."""
+        raise NotImplementedError(f"{type(self).__name__} has thrown the dense weights away")
+
     def to_dict(self) -> dict[str, Any]:
         """The form of config.json: {"form": name, field: value, ...}."""
-        return {"form": self.name, **asdict(self)}  # type: ignore[call-overload]
+        return {"form": self.name, **{name: _lists(value) for name, value in asdict(self).items()}}  # type: ignore[call-overload]
 
     def _moments(self, path: str, moments: dict[str, Moments] | None) -> Moments:
         if moments is None or path not in moments:
@@ -125,7 +133,17 @@ def form_from_dict(given: dict[str, Any]) -> Form:
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     if unknown := [field for field in rest if field not in known]:
         raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    return cls(**{field: tuple(v) if isinstance(v, list) else v for field, v in rest.items()})
+    return cls(**{field: _tuples(value) for field, value in rest.items()})
+
+
+def _lists(value: Any) -> Any:
+    """As JSON gives it back."""
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    """As a frozen dataclass holds it, so that it hashes and compares."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -42,6 +42,8 @@ class Activation(Form):
     """
 
     name: ClassVar[str] = "activation"
+    order: ClassVar[int] = 2
+    lossless: ClassVar[bool] = True
 
     kind: str = "learned"
     bits: int = 8
@@ -70,7 +72,7 @@ class Activation(Form):
             x = None
             if self.calibrated and not kind.is_meta:
                 x = spread(self._moments(path, moments).sample)
-            signed = bool(size[path]) if size else x is None or bool((x < 0).any())
+            signed = bool(size[path]) if size is not None else x is None or bool((x < 0).any())
             made: nn.Module
             if self.kind == "learned":
                 made = Learned(self.bits, signed)
@@ -85,6 +87,10 @@ class Activation(Form):
             sizes[path] = signed
         return sizes
 
+    def restore(self, block: Block) -> None:
+        for path in block.paths:
+            block.replace(path, block.get(path).linear)  # type: ignore[arg-type]
+
 
 class ActivationQuantized(nn.Module):
     """x [.. in] -> linear(levels(x)) [.. out]."""
@@ -94,6 +100,14 @@ class ActivationQuantized(nn.Module):
         if not is_linear(linear):
             raise ValueError(f"expected a plain linear layer, got {type(linear).__name__}")
         self.levels, self.linear = levels, linear
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.levels(x))

@@ -34,6 +34,7 @@ class LowRank(Form):
     the squared singular values that must stay."""
 
     name: ClassVar[str] = "low_rank"
+    order: ClassVar[int] = 1
 
     rank: int | None = None
     ratio: float | None = None
@@ -65,7 +66,7 @@ class LowRank(Form):
         for path in block.paths:
             layer = block.get(path)
             weight = weight_of(layer, path)
-            rank = size[path] if size else self._rank(weight, path)
+            rank = size[path] if size is not None else self._rank(weight, path)
             if weight.is_meta:
                 if rank is None:
                     raise ValueError(f"{path}: the rank follows from the weights (energy), and there are none yet")
@@ -128,6 +129,15 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features = first.shape[1], second.shape[0]
         self.first = linear(first, None, trained)
         self.second = linear(second, bias, trained)
+
+    @property
+    def weight(self) -> Tensor:
+        """One of the two, for code that asks a linear layer's weight for its dtype, its device or its loaded state."""
+        return self.second.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.second.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))

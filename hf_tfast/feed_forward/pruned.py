@@ -33,6 +33,7 @@ class Pruned(Form):
     """One of: `width`, the neurons that stay; `ratio`, the share that stays. Widths are rounded to `multiple`."""
 
     name: ClassVar[str] = "pruned"
+    order: ClassVar[int] = 0
 
     width: int | None = None
     ratio: float | None = None
@@ -70,7 +71,7 @@ class Pruned(Form):
                     f"{path} gives {weights[path].shape[0]} features where {block.down} takes {inner}: not a plain "
                     "feed-forward, so that neurons cannot be taken out of it"
                 )
-        width = size[block.down] if size else self._width(inner, block.down)
+        width = size[block.down] if size is not None else self._width(inner, block.down)
         bias = bias_of(layers[block.down])
         if down.is_meta:
             kept = torch.arange(width, device="meta")

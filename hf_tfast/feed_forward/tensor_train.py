@@ -30,6 +30,7 @@ class TensorTrain(Form):
     cores hold. `shape`: (factors of the hidden width, factors of the inner width), equally many; None finds three."""
 
     name: ClassVar[str] = "tensor_train"
+    order: ClassVar[int] = 1
 
     ranks: int | tuple[int, ...] | None = None
     ratio: float | None = None
@@ -59,7 +60,7 @@ class TensorTrain(Form):
             layer = block.get(path)
             weight = weight_of(layer, path).detach()
             ins, outs = self._factors(weight, path, down=path == block.down)
-            ranks = tuple(size[path]) if size else self._ranks(ins, outs, path)
+            ranks = tuple(size[path]) if size is not None else self._ranks(ins, outs, path)
             if weight.is_meta:
                 ends = (1, *ranks, 1)
                 cores = [weight.new_empty(ends[n], ins[n], outs[n], ends[n + 1]) for n in range(len(ins))]
@@ -114,6 +115,11 @@ class TensorTrainLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=trained)
         self.ins, self.outs = tuple(c.shape[1] for c in cores), tuple(c.shape[2] for c in cores)
         self.in_features, self.out_features = math.prod(self.ins), math.prod(self.outs)
+
+    @property
+    def weight(self) -> Tensor:
+        """One of the cores, for code that asks a linear layer's weight for its dtype, device or loaded state."""
+        return self.cores[0]
 
     def dense(self) -> Tensor:
         """[out in]: the weight that the cores stand for."""

@@ -1,6 +1,5 @@
-"""apply_plan and remove_plan: put a plan on a live model and take it off. Weights are never touched."""
+"""apply_plan and remove_plan: put a plan on a live model and take it off."""
 
-from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -11,9 +10,12 @@ from transformers.utils import logging
 
 from ..attention import Mechanism, mechanisms
 from ..attention.dense import Dense
+from ..feed_forward import Moments
 from ._basis import is_causal, remove_basis
+from ._forms import Sizes, make_forms, restore_forms
 from ._modules import Found, Survey, heads_of, parts_of, survey
 from ._positions_check import guard_positions, unguard_positions
+from ._ranges import check_layers, names_of, planned_stacks
 from ._stamps import NAME, Stamp, last_run, set_stamp, stamp_of, stamped_modules
 from .cache import bound_cache, unbound_cache
 from .plan import FastPlan, SavedFastPlan
@@ -41,28 +43,43 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
             "call remove_plan(model) first, or start from the dense checkpoint"
         )
     check_whole(model)
-    _own_configs(model)
-    implementation = stamp_model(model, plan, dense=_implementation(model.config))
+    return put_plan(model, plan)
+
+
+def put_plan(model: PreTrainedModel, plan: FastPlan, moments: dict[str, Moments] | None = None) -> PreTrainedModel:
+    """`apply_plan` after its checks; `moments` of the inputs of feed-forward layers, for forms made from data."""
+    sizes, undo = make_forms(model, plan, moments)
+    try:
+        _own_configs(model)
+        implementation = stamp_model(model, plan, dense=_implementation(model.config))
+    except Exception:
+        undo()
+        raise
     from .quantizer import FastQuantizer  # the quantiser applies plans itself
 
-    attach(model, FastQuantizer(saved(plan), pre_quantized=True), implementation)
+    attach(model, FastQuantizer(saved(plan, sizes), pre_quantized=True), implementation)
     return model
 
 
-def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
-    """Take a plan off, in place, and return the model: dense again, and a plain checkpoint once saved."""
-    if not isinstance(getattr(model.config, "quantization_config", None), FastPlan):
+def remove_plan(model: PreTrainedModel, *, attention_only: bool = False) -> PreTrainedModel:
+    """Take a plan off, in place, and return the model: dense again, and a plain checkpoint once saved.
+
+    ValueError, with nothing changed, for feed-forwards whose dense weights are gone. `attention_only` leaves every
+    feed-forward as it is, in a plan of its own.
+    """
+    plan = getattr(model.config, "quantization_config", None)
+    if not isinstance(plan, FastPlan):
         raise ValueError(f"this {type(model).__name__} has no plan to remove")
-    dense = next((stamp.dense for _, stamp in stamped_modules(model)), "sdpa")
-    for module, _ in stamped_modules(model):
-        set_stamp(module, None)
-        unbound_cache(module)
-        remove_basis(module)
-        _remove_hook(module)
-    unguard_positions(model)
-    for owner in _owners(model):
-        if owner.config._attn_implementation == NAME:
-            owner.config._attn_implementation = {"": dense}
+    if plan.every_form and not attention_only:
+        restore_forms(model, plan)
+    if plan.attention is not None:
+        _remove_attention(model)
+    if plan.every_form and attention_only:
+        rest = {name: value for name, value in plan.to_dict().items() if name != "attention"}
+        quantizer: Any = model.hf_quantizer
+        quantizer.quantization_config = FastPlan.from_dict(rest)
+        attach(model, quantizer, NAME)
+        return model
     del model.config.quantization_config
     for holder, name in (
         (model.config, "attn_implementation"),
@@ -74,17 +91,33 @@ def remove_plan(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _remove_attention(model: PreTrainedModel) -> None:
+    dense = next((stamp.dense for _, stamp in stamped_modules(model)), "sdpa")
+    for module, _ in stamped_modules(model):
+        set_stamp(module, None)
+        unbound_cache(module)
+        remove_basis(module)
+        _remove_hook(module)
+    unguard_positions(model)
+    for owner in _owners(model):
+        if owner.config._attn_implementation == NAME:
+            owner.config._attn_implementation = {"": dense}
+
+
 def stamp_model(
     model: PreTrainedModel, plan: FastPlan, dense: str = "sdpa", active: bool = True
 ) -> str | dict[str, Any]:
     """Stamp every attention module and return what config.json must say about the implementation.
 
-    `active` False: stamps only, the implementation that was asked for keeps running.
+    `active` False: stamps only, the implementation that was asked for keeps running. A plan without attention stamps
+    nothing; its config still names `tfast`, so that no process without hf_tfast loads it unawares.
     """
+    if plan.attention is None:
+        return NAME
     _check_free(model)
     found = survey(model)
-    planned = _planned_stacks(found, plan)
-    _check_layers(found, plan, planned)
+    planned = planned_stacks(found, plan.ranges)
+    check_layers(found, plan.ranges, planned, "self-attention")
     for stack in planned:
         if found.outside.get(stack) and _asks_for_more(found, plan, stack, planned):
             listed, layers = "\n  ".join(found.outside[stack][:4]), found.layers(stack)
@@ -136,8 +169,11 @@ def attach(model: PreTrainedModel, quantizer: Any, implementation: str | dict[st
             del module.config._is_quantized
 
 
-def saved(plan: FastPlan) -> SavedFastPlan:
-    return plan if isinstance(plan, SavedFastPlan) else FastPlan.from_dict(plan.to_dict())
+def saved(plan: FastPlan, sizes: Sizes | None = None) -> SavedFastPlan:
+    """The plan as a checkpoint has it, with the sizes of the forms that were made."""
+    if isinstance(plan, SavedFastPlan):
+        return plan
+    return FastPlan.from_dict({**plan.to_dict(), **({"sizes": sizes} if sizes else {})})
 
 
 def _saved_implementation(config: PreTrainedConfig, planned: set[int]) -> str | dict[str, Any]:
@@ -161,58 +197,10 @@ def _own_configs(model: PreTrainedModel) -> None:
                 setattr(module, name, deepcopy(value, copies))
 
 
-def _planned_stacks(found: Survey, plan: FastPlan) -> list[str]:
-    """The stacks that the plan speaks of. Unnamed: the text, or both stacks of an encoder-decoder, or all there is."""
-    meant = [stack for stack in found.stacks if "text" in stack.split(".")]
-    if not meant:
-        meant = [stack for stack in found.stacks if stack not in found.vision] or found.stacks
-    planned = []
-    for layers in plan.ranges:
-        if layers.stack is None:
-            if len(meant) > 1:
-                raise ValueError(
-                    f"this model has the stacks {', '.join(meant)}: say which, {meant[0]}.{layers.text} for instance"
-                )
-            planned += meant
-        else:
-            planned.append(_stack_named(layers.stack, found, meant))
-    return list(dict.fromkeys(planned)) if plan.ranges else meant
-
-
-def _stack_named(name: str, found: Survey, meant: list[str]) -> str:
-    plain = name.removesuffix("_config")
-    if plain in found.stacks:
-        return plain
-    if plain == "text" and len(meant) == 1:
-        return meant[0]
-    raise ValueError(f"the plan names the stack {name!r}, but the model has {', '.join(found.stacks)}")
-
-
-def _names(stack: str, planned: list[str]) -> Iterable[str | None]:
-    """What a plan may call this stack."""
-    yield from (stack, f"{stack}_config")
-    if len(planned) == 1 or "text" in stack.split("."):
-        yield from (None, "text", "text_config")
-
-
 def _mechanism(plan: FastPlan, f: Found, planned: list[str]) -> Mechanism:
     if f.kind == "cross" or f.stack not in planned:
         return Dense()
-    return plan.mechanism(f.layer, _names(f.stack, planned))
-
-
-def _check_layers(found: Survey, plan: FastPlan, planned: list[str]) -> None:
-    """Every range must name a layer that exists, up to its written end."""
-    for layers in plan.ranges:
-        for stack in planned:
-            if layers.stack not in tuple(_names(stack, planned)):
-                continue
-            have = found.layers(stack)
-            if not any(layer in layers for layer in have) or (layers.last or 0) > max(have):
-                span = f"{have[0]} to {have[-1]}" if have else "none"
-                raise ValueError(
-                    f"the plan names layers {layers.text!r}, but {stack} has self-attention in layers {span}"
-                )
+    return plan.mechanism(f.layer, names_of(f.stack, planned))
 
 
 def _check_causal(found: Survey, plan: FastPlan, planned: list[str]) -> None:
@@ -230,7 +218,7 @@ def _asks_for_more(found: Survey, plan: FastPlan, stack: str, planned: list[str]
     have = found.layers(stack)
     if not have or not plan.ranges:
         return True
-    mine = [layers for layers in plan.ranges if layers.stack in tuple(_names(stack, planned))]
+    mine = [layers for layers in plan.ranges if layers.stack in tuple(names_of(stack, planned))]
     return not all(
         layers.last is not None and all(n in have for n in range(layers.first, layers.last + 1)) for layers in mine
     )

@@ -1,115 +1,108 @@
-"""FastPlan: which layers of a model run which mechanism. It travels as `quantization_config` in config.json.
+"""FastPlan: which layers of a model run which mechanism and form. It travels as `quantization_config` in config.json.
 
     FastPlan(attention=Window(window=512, sinks=4))
-    FastPlan(attention={"0": Dense(), "1-": Window(window=512)})
-    FastPlan(attention={"encoder.0-3": Window(window=64), "decoder.4-": Window(window=512)})
+    FastPlan(attention={"0": Dense(), "1-": Window(window=512)}, feed_forward=LowRank(ratio=0.5))
+    FastPlan(feed_forward={"encoder.0-3": [Pruned(ratio=0.75), Int8()], "decoder.0-": Int8()})
 
-Layers that a plan does not name stay dense, and so does cross-attention.
+Layers that a plan does not name stay as they are, and so does cross-attention.
 """
 
 import json
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..attention import Mechanism, mechanism_from_dict
 from ..attention.dense import Dense
+from ..feed_forward import Form, form_from_dict
+from ._ranges import LayerRange, PerLayer
 
 __all__ = ["FastPlan", "SavedFastPlan"]
 
 VERSION = 1
-_RANGE = re.compile(r"(?:(?P<stack>[A-Za-z_][\w.]*)\.)?(?P<first>\d+)(?P<more>-(?P<last>\d+)?)?")
-
-
-@dataclass(frozen=True)
-class LayerRange:
-    """The layers that one key of a plan names: "4", "0-3" or "5-" (`last` None: up to the end), in a stack or any."""
-
-    text: str
-    stack: str | None
-    first: int
-    last: int | None
-
-    @classmethod
-    def parse(cls, text: Any) -> "LayerRange":
-        if isinstance(text, int) and not isinstance(text, bool):
-            text = str(text)
-        match = _RANGE.fullmatch(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError(f'a layer range is "0", "1-4", "5-" or "encoder.0-3", got {text!r}')
-        first = int(match["first"])
-        last = first if match["more"] is None else int(match["last"]) if match["last"] else None
-        if last is not None and last < first:
-            raise ValueError(f"the layer range {text!r} ends before it begins")
-        return cls(text, match["stack"], first, last)
-
-    def __contains__(self, layer: int) -> bool:
-        return self.first <= layer and (self.last is None or layer <= self.last)
-
-    def meets(self, other: "LayerRange") -> bool:
-        below = self.last is None or other.first <= self.last
-        return self.stack == other.stack and below and (other.last is None or self.first <= other.last)
 
 
 class FastPlan(QuantizationConfigMixin):
     """A plan for a whole model.
 
     attention     a mechanism for all self-attention of the model (of its text stack, where it also has a vision or
-                  audio part), or a dict from layer ranges to mechanisms.
-    feed_forward  must be None: this version holds no feed-forward forms.
+                  audio part), a dict from layer ranges to mechanisms, or None: as the user asks when loading.
+    feed_forward  a form, a list of forms that are applied in that order, a dict from layer ranges to either, or None.
     base          must be None: this version converts models that are not quantised otherwise.
+    sizes         made by conversion, not by hand: what the weights decided (ranks, widths), by feed-forward and form.
 
-    Raises ValueError for unknown mechanisms, malformed or overlapping ranges, and a plan that changes nothing.
+    Raises ValueError for unknown mechanisms and forms, malformed or overlapping ranges, forms in an order that cannot
+    work, and a plan that changes nothing.
     """
 
     def __init__(
         self,
         attention: Mechanism | dict[Any, Any] | None = None,
-        feed_forward: Any = None,
+        feed_forward: Form | list[Any] | dict[Any, Any] | None = None,
         base: Any = None,
+        sizes: dict[str, list[dict[str, Any]]] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = "tfast"  # type: ignore[assignment]
         if unknown:
             raise ValueError(f"FastPlan has no field {next(iter(unknown))!r}; it has attention, feed_forward and base")
-        if feed_forward is not None:
-            raise ValueError(f"this version of hf_tfast has no feed-forward forms, got feed_forward={feed_forward!r}")
         if base is not None:
             raise ValueError(f"this version of hf_tfast cannot build on another quantisation, got base={base!r}")
-        if attention is None or attention == {}:
+        empty: tuple[Any, ...] = (None, {}, [])
+        if attention in empty and feed_forward in empty:
             raise ValueError(
-                "this plan changes nothing: give attention=Window(window=512), say, or a dict of layer ranges"
+                "this plan changes nothing: give attention=Window(window=512) or feed_forward=LowRank(ratio=0.5), "
+                "say, or a dict of layer ranges"
             )
-        self._attention = _attention(attention)
+        self._attention = None if attention in empty else _attention(attention)
+        self._feed_forward = None if feed_forward in empty else _feed_forward(feed_forward)
+        self.sizes = sizes
 
     @property
-    def attention(self) -> Mechanism | dict[str, Mechanism]:
+    def attention(self) -> Mechanism | dict[str, Mechanism] | None:
         """What was given: one mechanism, or a dict from layer ranges to mechanisms."""
-        if isinstance(self._attention, Mechanism):
-            return self._attention
-        return {layers.text: mechanism for layers, mechanism in self._attention}
+        return None if self._attention is None else self._attention.map(lambda mechanism: mechanism)
+
+    @property
+    def feed_forward(self) -> Form | list[Form] | dict[str, Form | list[Form]] | None:
+        """What was given: one form, a list of them, or a dict from layer ranges to either."""
+        return None if self._feed_forward is None else self._feed_forward.map(_shortest)
 
     @property
     def ranges(self) -> list[LayerRange]:
-        return [] if isinstance(self._attention, Mechanism) else [layers for layers, _ in self._attention]
+        """Of the attention."""
+        return [] if self._attention is None else [layers for layers, _ in self._attention.ranges]
+
+    @property
+    def feed_forward_ranges(self) -> list[LayerRange]:
+        return [] if self._feed_forward is None else [layers for layers, _ in self._feed_forward.ranges]
 
     def mechanism(self, layer: int, names: Iterable[str | None] = (None,)) -> Mechanism:
         """What self-attention of this layer runs, in the stack that goes by any of `names`; Dense() if not named."""
-        if isinstance(self._attention, Mechanism):
-            return self._attention
-        known = tuple(names)
-        return next((m for layers, m in self._attention if layers.stack in known and layer in layers), Dense())
+        return (None if self._attention is None else self._attention.at(layer, names)) or Dense()
+
+    def forms(self, layer: int, names: Iterable[str | None] = (None,)) -> tuple[Form, ...]:
+        """What the feed-forward of this layer becomes, in order; () if not named."""
+        return (None if self._feed_forward is None else self._feed_forward.at(layer, names)) or ()
+
+    @property
+    def every_form(self) -> list[Form]:
+        """All forms that the plan has, each as often as it is given."""
+        return [] if self._feed_forward is None else [form for forms in self._feed_forward for form in forms]
 
     def to_dict(self) -> dict[str, Any]:
         """The form of config.json."""
-        if isinstance(self._attention, Mechanism):
-            attention = self._attention.to_dict()
-        else:
-            attention = {layers.text: mechanism.to_dict() for layers, mechanism in self._attention}
-        return {"quant_method": "tfast", "plan_version": VERSION, "attention": attention}
+        found: dict[str, Any] = {"quant_method": "tfast", "plan_version": VERSION}
+        if self._attention is not None:
+            found["attention"] = self._attention.map(lambda mechanism: mechanism.to_dict())
+        if self._feed_forward is not None:
+            found["feed_forward"] = self._feed_forward.map(
+                lambda forms: forms[0].to_dict() if len(forms) == 1 else [form.to_dict() for form in forms]
+            )
+        if self.sizes is not None:
+            found["sizes"] = self.sizes
+        return found
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -126,8 +119,11 @@ class FastPlan(QuantizationConfigMixin):
             )
         if given.pop("quant_method", "tfast") != "tfast":
             raise ValueError(f"expected quant_method 'tfast', got {config_dict['quant_method']!r}")
-        if "attention" not in given:
-            raise ValueError(f"the plan in config.json has no 'attention': it is corrupt ({sorted(config_dict)})")
+        if "attention" not in given and "feed_forward" not in given:
+            raise ValueError(
+                f"the plan in config.json has neither 'attention' nor 'feed_forward': it is corrupt "
+                f"({sorted(config_dict)})"
+            )
         plan = SavedFastPlan(**given)
         return (plan, kwargs) if return_unused_kwargs else plan
 
@@ -148,33 +144,60 @@ class FastPlan(QuantizationConfigMixin):
         return hash(self.to_json_string())
 
     def __repr__(self) -> str:
-        return f"FastPlan(attention={self.attention!r})"
+        given = {"attention": self.attention, "feed_forward": self.feed_forward}
+        return f"FastPlan({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
 
 
 class SavedFastPlan(FastPlan):
     """A plan that a checkpoint already has."""
 
 
-def _attention(given: Any) -> Mechanism | list[tuple[LayerRange, Mechanism]]:
-    if isinstance(given, Mechanism):
-        return given
-    if isinstance(given, type) and issubclass(given, Mechanism):
-        raise ValueError(f"expected a mechanism such as {given.__name__}(...), got the class itself")
-    if not isinstance(given, dict):
+def _attention(given: Any) -> PerLayer[Mechanism]:
+    if not isinstance(given, Mechanism | dict | type):
         raise ValueError(f"attention is a mechanism or a dict from layer ranges to mechanisms, got {given!r}")
-    if "mechanism" in given:
-        return mechanism_from_dict(given)
-    layers = [(LayerRange.parse(text), _one(text, value)) for text, value in given.items()]
-    for n, (one, _) in enumerate(layers):
-        for other, _ in layers[:n]:
-            if one.meets(other):
-                raise ValueError(f"the layer ranges {other.text!r} and {one.text!r} overlap")
-    return layers
+    return PerLayer.read(given, _mechanism, isinstance(given, dict) and "mechanism" not in given)
 
 
-def _one(text: Any, value: Any) -> Mechanism:
+def _mechanism(value: Any) -> Mechanism:
+    if isinstance(value, type) and issubclass(value, Mechanism):
+        raise ValueError(f"expected a mechanism such as {value.__name__}(...), got the class itself")
     if isinstance(value, Mechanism):
         return value
     if isinstance(value, dict):
         return mechanism_from_dict(value)
-    raise ValueError(f"layers {text!r}: expected a mechanism such as Window(window=512), got {value!r}")
+    raise ValueError(f"expected a mechanism such as Window(window=512), got {value!r}")
+
+
+def _feed_forward(given: Any) -> PerLayer[tuple[Form, ...]]:
+    if not isinstance(given, Form | dict | list | tuple | type):
+        raise ValueError(
+            f"feed_forward is a form, a list of forms, or a dict from layer ranges to them, got {given!r}"
+        )
+    return PerLayer.read(given, _forms, isinstance(given, dict) and "form" not in given)
+
+
+def _forms(value: Any) -> tuple[Form, ...]:
+    forms = tuple(_form(each) for each in (value if isinstance(value, list | tuple) else [value]))
+    if not forms:
+        raise ValueError("an empty list of forms changes nothing: leave these layers out")
+    for before, after in zip(forms, forms[1:], strict=False):
+        if before.order >= after.order:
+            raise ValueError(
+                f"{type(after).__name__} cannot come after {type(before).__name__}: forms are given in the order "
+                "Pruned, LowRank or TensorTrain, Activation, Int8, each once"
+            )
+    return forms
+
+
+def _form(value: Any) -> Form:
+    if isinstance(value, type) and issubclass(value, Form):
+        raise ValueError(f"expected a form such as {value.__name__}(...), got the class itself")
+    if isinstance(value, Form):
+        return value
+    if isinstance(value, dict):
+        return form_from_dict(value)
+    raise ValueError(f"expected a feed-forward form such as LowRank(ratio=0.5), got {value!r}")
+
+
+def _shortest(forms: tuple[Form, ...]) -> Form | list[Form]:
+    return forms[0] if len(forms) == 1 else list(forms)

@@ -12,6 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 
 from ._basis import check_loaded, expect_basis, lacking
+from ._forms import Sizes, build_forms, check_filled, make_forms, planned_blocks
 from ._modules import parts_of
 from ._stamps import NAME, set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
@@ -31,6 +32,8 @@ class FastQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.asked: str | None = None  # attn_implementation, where the user named another one
         self.basis: list[str] = []  # buffers that the checkpoint has to fill
+        self.expected: list[str] = []  # tensors of feed-forwards that the checkpoint has to fill
+        self.sizes: Sizes | None = None  # of feed-forwards, made from weights
         self.implementation: str | dict[str, Any] = NAME  # what config.json says about it
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -40,14 +43,29 @@ class FastQuantizer(HfQuantizer):
         asked = {part._attn_implementation for _, part in parts_of(config)} - {None, NAME}
         text = config.get_text_config()._attn_implementation if len(asked) > 1 else None
         self.asked = text if len(asked) > 1 else next(iter(asked), None)
+        if self.quantization_config.attention is None:
+            for _, part in parts_of(config):
+                if part._attn_implementation == NAME:  # the name in config.json only keeps unaware processes away
+                    part._attn_implementation = None
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        overruled = self.pre_quantized and self.asked is not None
-        dense = self.asked if self.asked in ("sdpa", "eager") or not overruled else "sdpa"
-        self.implementation = stamp_model(model, self.quantization_config, dense=dense or "sdpa", active=not overruled)
+        plan = self.quantization_config
+        stored = _stored(kwargs.get("checkpoint_files")) if self.pre_quantized else None
         if self.pre_quantized:
-            self.basis = expect_basis(model, _stored(kwargs.get("checkpoint_files")))
+            self.expected = build_forms(model, plan)
+        else:
+            planned_blocks(model, plan)  # raises before the weights are read
+            if needing := next((form for form in plan.every_form if form.calibrated), None):
+                raise ValueError(
+                    f"{needing!r} is made from data: load the dense model, and use hf_tfast.convert(model, plan, "
+                    "calibration=batches)"
+                )
+        overruled = self.pre_quantized and self.asked is not None and plan.attention is not None
+        dense = self.asked if self.asked in ("sdpa", "eager") or not overruled else "sdpa"
+        self.implementation = stamp_model(model, plan, dense=dense or "sdpa", active=not overruled)
+        if self.pre_quantized:
+            self.basis = expect_basis(model, stored)
         if overruled:
             logger.warning(
                 f"attn_implementation={self.asked!r} was asked for and overrules the checkpoint's plan in this "
@@ -57,7 +75,10 @@ class FastQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model, self.basis)
-        self.quantization_config = saved(self.quantization_config)
+        check_filled(model, self.expected)
+        if not self.pre_quantized:
+            self.sizes, _ = make_forms(model, self.quantization_config)
+        self.quantization_config = saved(self.quantization_config, self.sizes)
         attach(model, self, self.implementation)
         if (getattr(model, "tp_size", None) or 1) > 1:
             manager: Any = model._mesh_manager

@@ -133,7 +133,7 @@ CORRUPT = {
     "no version": ({"quant_method": "tfast", "attention": {"mechanism": "window", "window": 5}}, "plan_version None"),
     "new version": ({"plan_version": 2, "attention": {"mechanism": "window"}}, "plan_version 2"),
     "version of text": ({"plan_version": "1", "attention": {"mechanism": "window"}}, "plan_version '1'"),
-    "no attention": ({"plan_version": 1}, "no 'attention'"),
+    "no attention": ({"plan_version": 1}, "neither 'attention' nor"),
     "attention is null": ({"plan_version": 1, "attention": None}, "changes nothing"),
     "attention is a list": ({"plan_version": 1, "attention": [{"mechanism": "window"}]}, "dict from layer ranges"),
     "unknown mechanism": ({"plan_version": 1, "attention": {"mechanism": "windwo"}}, "unknown attention mechanism"),
@@ -145,8 +145,8 @@ CORRUPT = {
     "absent layer": ({"plan_version": 1, "attention": {"7": {"mechanism": "window"}}}, "layers 0 to 1"),
     "unknown key": ({"plan_version": 1, "attention": {"mechanism": "window"}, "speed": 3}, "no field 'speed'"),
     "a form": (
-        {"plan_version": 1, "attention": {"mechanism": "window"}, "feed_forward": {"form": "int8"}},
-        "feed-forward",
+        {"plan_version": 1, "attention": {"mechanism": "window"}, "feed_forward": {"form": "low_rank", "rank": 3}},
+        "does not say the sizes",
     ),
 }
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, init_empty_weights
 from transformers import AutoModel
 
-from hf_tfast import Dense, FastPlan, Window, apply_plan
+from hf_tfast import Dense, FastPlan, LowRank, Pruned, TensorTrain, Window, apply_plan
 from hf_tfast.integration._stamps import stamped_modules
 from hf_tfast.integration.plan import SavedFastPlan
 from tests.integration.tiny_models import tiny
@@ -27,7 +27,13 @@ REFUSED = [
     ({"attention": {"4-2": Window()}}, "ends before it begins"),
     ({"attention": {"0-3": Window(), "3-": Dense()}}, "overlap"),
     ({"attention": {"0": None}}, "layers '0'"),
-    ({"attention": Window(), "feed_forward": "int8"}, "feed-forward"),
+    ({"attention": Window(), "feed_forward": "int8"}, "form, a list of forms, or a dict"),
+    ({"feed_forward": LowRank}, "expected a form such as LowRank"),
+    ({"feed_forward": {"form": "lowrank"}}, "unknown feed-forward form 'lowrank'"),
+    ({"feed_forward": {"0-3": LowRank(rank=2), "3": LowRank(rank=3)}}, "overlap"),
+    ({"feed_forward": {"0": []}}, "layers '0': an empty list"),
+    ({"feed_forward": [LowRank(rank=3), Pruned(ratio=0.5)]}, "Pruned cannot come after LowRank"),
+    ({"feed_forward": [LowRank(rank=3), TensorTrain(ranks=2)]}, "TensorTrain cannot come after LowRank"),
     ({"attention": Window(), "base": object()}, "quantisation"),
     ({"attention": Window(), "heads": 3}, "no field 'heads'"),
 ]
@@ -50,6 +56,10 @@ PLANS = [
     FastPlan(attention={"encoder.0-3": Window(window=8), "decoder.0-3": Window(window=9)}),
     FastPlan(attention={3: Window(window=8)}),
     FastPlan(attention={"mechanism": "window", "window": 8, "sinks": 0}),
+    FastPlan(feed_forward=LowRank(rank=3)),
+    FastPlan(feed_forward=[Pruned(ratio=0.5), LowRank(energy=0.9)], attention=Window(window=4)),
+    FastPlan(feed_forward={"0": [Pruned(width=8), TensorTrain(ranks=(2, 3))], "1-": LowRank(ratio=0.5)}),
+    FastPlan(feed_forward={"form": "tensor_train", "ranks": 2, "shape": [[2, 3], [4, 5]]}),
 ]
 
 
@@ -62,7 +72,7 @@ def test_a_plan_is_its_dict(plan):
     assert hash(again) == hash(plan)
     assert again.to_dict() == stored
     assert copy.deepcopy(plan) == plan == pickle.loads(pickle.dumps(plan))
-    assert eval(repr(plan), {"FastPlan": FastPlan, "Window": Window, "Dense": Dense}) == plan
+    assert eval(repr(plan), globals()) == plan
 
 
 def test_layers_not_named_stay_dense():

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["hf_tfast[plots]"]
 # ///
-"""Train a causal TFast model from scratch and let it speak; or several mechanisms on the same data, side by side.
+r"""Train a causal TFast model from scratch and let it speak; or several mechanisms on the same data, side by side.
 
 By default it reads the sources and documentation of the running Python; --text takes files, globs and folders,
 --dataset a data set of the Hub. One model:

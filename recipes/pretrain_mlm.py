@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["hf_tfast[plots]"]
 # ///
-"""Train a two-way TFast model to fill in masked tokens; or several mechanisms on the same data, side by side.
+r"""Train a two-way TFast model to fill in masked tokens; or several mechanisms on the same data, side by side.
 
     accelerate launch --cpu --num_processes 1 recipes/pretrain_mlm.py \
         --attention '{"mechanism": "window", "window": 128}' --output_dir runs/mlm-window

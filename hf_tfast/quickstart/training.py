@@ -7,12 +7,10 @@ Then both are scored on the same held-out files, each with its own attention.
 
 import hashlib
 import math
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from ..attention import Mechanism
 from ..integration.apply import apply_plan
 from ..integration.plan import FastPlan
+from ..training.sources import python_files
 from .progress import Steps
 
 LENGTH = 8192  # bytes of a sequence
@@ -57,8 +56,7 @@ class Learner:
 
 def python_bytes(length: int = LENGTH, sequences: int = 1024, held_out: int = HELD_OUT) -> Bytes:
     """Sources and documentation of the running Python; one file in sixteen, by its name's hash, is held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts = {str(p.relative_to(root)): p for p in root.rglob("*.py") if not {"site-packages", "test"} & set(p.parts)}
+    texts = python_files()
     order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
     parts = {True: bytearray(), False: bytearray()}
     wanted = {True: held_out * length, False: sequences * length}
@@ -68,7 +66,7 @@ def python_bytes(length: int = LENGTH, sequences: int = 1024, held_out: int = HE
             parts[aside] += texts[name].read_bytes() + b"\n"
     rows = {aside: _rows(parts[aside][: wanted[aside]], length) for aside in parts}
     if not len(rows[True]) or not len(rows[False]):
-        raise ValueError(f"{root} holds too few sources of Python to train on; leave training out with --seconds 0")
+        raise ValueError("this Python has too few sources to train on; leave training out with --seconds 0")
     return Bytes(train=rows[False], held_out=rows[True])
 
 

@@ -1,10 +1,12 @@
-"""What a training is told: data, model, and Transformers' own TrainingArguments with defaults for training from scratch."""
+"""What a training is told: data, model, and TrainingArguments with defaults for training from scratch."""
 
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from ..attention import mechanism_from_dict, mechanisms
 from ..integration.plan import FastPlan
@@ -135,14 +137,12 @@ class PretrainingArguments(TrainingArguments):
 
     def fixed(self) -> dict[str, Any]:
         """The settings on which the result depends."""
-        return {name: getattr(self, name) for name in FIXED} | {
-            "lr_scheduler_type": str(self.lr_scheduler_type.value),  # type: ignore[attr-defined]
-            "optim": str(self.optim.value),  # type: ignore[union-attr]
-        }
+        chosen = {"lr_scheduler_type": SchedulerType(self.lr_scheduler_type), "optim": OptimizerNames(self.optim)}
+        return {name: getattr(self, name) for name in FIXED} | {name: x.value for name, x in chosen.items()}
 
 
 def read_attention(given: str) -> dict[str, Any]:
-    """A mechanism's name or JSON -> the dict of config.json, one mechanism or ranges of layers. ValueError otherwise."""
+    """A mechanism's name or JSON -> the dict of config.json, one mechanism or ranges of layers. Else ValueError."""
     if not given.lstrip().startswith("{"):
         if given not in mechanisms():
             raise ValueError(f"unknown attention {given!r}; expected one of {', '.join(mechanisms())}, or JSON")

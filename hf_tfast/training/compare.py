@@ -55,14 +55,14 @@ def _foot(records: Sequence[Record]) -> list[str]:
     shares = ", ".join(f"{final[f'eval_share_{name}']:.1%} {name}" for name in ("near", "far", "new"))
     loads = sorted({record["environment"]["cpu_in_use"] for record in records})
     return [
-        f"{first['parameters']:,} parameters, {first['tokens_seen']:,} tokens in {first['steps']} steps of sequences of "
-        f"{data['length']}, the same ones in the same order for every model (seed {training['seed']}); "
+        f"{first['parameters']:,} parameters, {first['tokens_seen']:,} tokens in {first['steps']} steps of sequences "
+        f"of {data['length']}, the same ones in the same order for every model (seed {training['seed']}); "
         f"mixed precision: {training['mixed_precision']}.",
         f"Losses are nats per token on {final['eval_targets']:,.0f} targets of held-out documents. Far: the "
         f"{side} of {occurrence} in the same document lies more than {data['far']} tokens away; new: there is none. "
         f"Targets: {shares}.",
         "Seconds and tokens/s count steps of training alone; peak memory is what training needed above what was held "
-        f"before it. Processor in use by others and this process after training: {min(loads):.0%} to {max(loads):.0%}.",
+        f"before it. Processor in use right after a training: {min(loads):.0%} to {max(loads):.0%}.",
         f"Machine: {describe(first['environment'])}.",
         f"Command: `{first['environment']['command']}`",
     ]

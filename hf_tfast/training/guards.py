@@ -1,7 +1,8 @@
 """What accelerate would silently do differently on a CPU is refused before anything is trained.
 
-Found with accelerate 1.15: on a CPU it drops fp16 and trains in fp32, ignores an FSDP plugin and trains plain data
-parallel, and under a launcher that starts several processes without its CPU backend every process trains alone.
+Found with accelerate 1.15: on a CPU it drops fp16 and trains in fp32, and ignores an FSDP plugin and trains plain data
+parallel. `accelerate launch --cpu --num_processes 2` starts one process unless MPI starts the others, and processes
+that torchrun started train each alone unless they are told to use the CPU.
 """
 
 import os
@@ -12,6 +13,8 @@ from accelerate.utils import str_to_bool
 
 __all__ = ["check_launch"]
 
+_TORCHRUN = "Several processes on a CPU: `torchrun --nproc_per_node 2 recipes/... --use_cpu true`"
+
 
 def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -> None:
     """ValueError where the launch asks for something that this device does not do.
@@ -20,12 +23,14 @@ def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -
     environment  os.environ, where `accelerate launch` and torchrun leave their settings.
     """
     given = os.environ if environment is None else environment
-    asked, running = int(given.get("WORLD_SIZE", "1") or 1), int(arguments.world_size)
-    if asked != running:
+    asked, running = _processes(given), int(arguments.world_size)
+    if asked is None:
         raise ValueError(
-            f"the launcher started {asked} processes, but accelerate sees {running}: each would train alone. On a CPU "
-            f"start them with `accelerate launch --cpu --num_processes {asked}`, or pass --use_cpu"
+            "accelerate was asked for several processes and started one: on a CPU it needs MPI for more "
+            f"(--mpirun_hostfile). {_TORCHRUN}"
         )
+    if asked != running:
+        raise ValueError(f"the launcher started {asked} processes, but accelerate sees {running}. {_TORCHRUN}")
     if arguments.device.type != "cpu":
         return
     if arguments.fp16 or given.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
@@ -41,6 +46,15 @@ def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _on(given, f"ACCELERATE_USE_{name}"):
             raise ValueError(f"{name.lower()} needs GPUs; choose no distributed plugin for a launch on a CPU")
+
+
+def _processes(given: Mapping[str, str]) -> int | None:
+    """How many processes there are by the launcher's word; None: more were asked for than it started."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if given.get(name):
+            return int(given[name])
+    # `accelerate launch --cpu` sets an address to meet at only where several processes were asked for
+    return None if _on(given, "ACCELERATE_USE_CPU") and "MASTER_ADDR" in given else 1
 
 
 def _on(given: Mapping[str, str], name: str) -> bool:

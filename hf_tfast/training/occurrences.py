@@ -1,14 +1,14 @@
 """How far back what a token says last occurred: beyond a window, only attention that reaches further can copy it.
 
-An occurrence is a run of `unit` equal tokens that ends at the token, within its segment. With learned tokens, which are
-mostly words and pieces of words, a unit is one token. A single byte recurs all the time and says nothing, so for bytes
-a unit is UNIT_OF_BYTES: the target has occurred when it and the bytes before it have, about a word.
+An occurrence is a run of `unit` equal tokens that ends at the token, within its segment. With learned tokens, which
+are mostly words and pieces of words, a unit is one token. A single byte recurs all the time and says nothing, so for
+bytes a unit is UNIT_OF_BYTES: the target has occurred when it and the bytes before it have, about a word.
 
     distance(t) = t - max {p < t : x[p-unit+1 .. p] = x[t-unit+1 .. t], same segment},  0 where there is none
 
 The query that predicts token t of a causal model is token t - 1, and a window of w keys (itself counted) shows it
-t - w .. t - 1. So a target is `near` where its distance is at most w, `far` beyond, `new` where it has not occurred. In
-a stack of layers information can travel further than one window, w - 1 tokens a layer: far does not mean out of reach.
+t - w .. t - 1. So a target is `near` where its distance is at most w, `far` beyond, `new` where it has not occurred.
+In a stack of layers information can travel further than one window, w - 1 tokens a layer: far is not out of reach.
 
 Two-way models read both sides and hide tokens from themselves: there the distance is that to the nearest occurrence on
 either side none of whose tokens is hidden.

@@ -95,7 +95,7 @@ def pack(documents: Sequence[Sequence[int]], length: int, pad: int) -> Packed:
         unpredicted=pieces - len(full),
     )
     rows = [torch.from_numpy(x.astype(np.int32)).view(n, length) for x in (ids, positions)]
-    return Packed(*rows, report)
+    return Packed(rows[0], rows[1], report)
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):

@@ -136,7 +136,7 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
     )
     start = _checkpoint(args, checkpoints)
     peak = peak_memory(lambda: trainer.train(resume_from_checkpoint=start), args.device)
-    final = trainer.evaluate()
+    final = _last_evaluation(trainer) or trainer.evaluate()
     config.use_cache = not two_way  # Trainer has switched it off for training
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     record: Record = {}
@@ -146,7 +146,7 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
             tokenizer.save_pretrained(working)
         record = {
             "attention": config.attention or {"mechanism": "dense"},
-            "final": final,
+            "final": {name: value for name, value in final.items() if name.startswith("eval_")},
             "tokens_per_second": trainer.state.num_input_tokens_seen / max(trainer.clock.seconds, 1e-9),
             "training_seconds": trainer.clock.seconds,
             "tokens_seen": trainer.state.num_input_tokens_seen,
@@ -165,6 +165,12 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
         write_json(record, place / DONE)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+def _last_evaluation(trainer: PretrainingTrainer) -> Record | None:
+    """The metrics of the evaluation after the last step, where the schedule had one there."""
+    entries = [h for h in trainer.state.log_history if "eval_loss" in h and h["step"] == trainer.state.global_step]
+    return {name: value for name, value in entries[-1].items() if name.startswith("eval_")} if entries else None
 
 
 def _finished(place: Path, data: Data) -> Record:

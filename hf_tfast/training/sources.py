@@ -38,7 +38,7 @@ def documents(sources: Sequence[str]) -> list[Document]:
 
 
 def python_files() -> dict[str, Path]:
-    """The standard library of the running interpreter: name inside it -> file, without tests and installed packages."""
+    """The standard library of the running interpreter, without tests and installed packages: name -> file."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return {str(p.relative_to(root)): p for p in root.rglob("*.py") if not {"site-packages", "test"} & set(p.parts)}
 
@@ -59,11 +59,16 @@ def python_documents() -> list[Document]:
         raise ValueError(
             f"this Python has no sources in {sysconfig.get_paths()['stdlib']}; name texts of your own with --text"
         )
+    return found + [Document(f"{PYTHON}/help/{name}", text) for name, text in sorted(_topics().items())]
+
+
+def _topics() -> dict[str, str]:
+    """What `help()` explains, by name; some distributions ship it apart, and the sources alone are enough."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship it apart; the sources alone are enough
-        topics = {}
-    return found + [Document(f"{PYTHON}/help/{name}", text) for name, text in sorted(topics.items())]
+    except ImportError:
+        return {}
+    return dict(topics)
 
 
 def _files(source: str) -> Iterable[Document]:
@@ -107,7 +112,7 @@ def hub_documents(
     Uses the network unless the set is in the cache; set HF_HUB_OFFLINE=1 to forbid it.
     """
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError:
         raise ImportError(
             'data sets of the Hub need datasets: pip install "hf_tfast[data]", or name local files with --text'

@@ -1,7 +1,7 @@
 """Tokenizers that need no download: bytes, or byte pairs learned from the training texts.
 
-Both are `tokenizers` pipelines over the 256 bytes, so every text has tokens and decodes to itself; saved with the model,
-AutoTokenizer reloads them. Ids 0-3 are special: padding, begin and end of a document, mask.
+Both are `tokenizers` pipelines over the 256 bytes, so every text has tokens and decodes to itself. AutoTokenizer
+reloads them. Ids 0-3 are special: padding, begin and end of a document, mask.
 """
 
 from collections.abc import Iterable, Sequence

@@ -22,6 +22,11 @@ def launched(device="cpu", world=1, fp16=False, fsdp=None):
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 on a CPU"),
         ({}, {"WORLD_SIZE": "2"}, "2 processes, but accelerate sees 1"),
         ({"world": 2}, {}, "1 processes, but accelerate sees 2"),
+        (
+            {},
+            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+            "asked for several processes and started one",
+        ),
         ({"fsdp": "full_shard"}, {}, "FSDP on a CPU"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP on a CPU"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed needs GPUs"),
@@ -38,6 +43,8 @@ def test_refused(arguments, environment, words):
         ({}, {}),
         ({"fsdp": []}, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false"}),
         ({"world": 2}, {"WORLD_SIZE": "2"}),
+        ({"world": 4}, {"OMPI_COMM_WORLD_SIZE": "4", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}),
+        ({}, {"ACCELERATE_USE_CPU": "True"}),
         ({"device": "cuda", "fp16": True, "fsdp": "full_shard"}, {"ACCELERATE_USE_DEEPSPEED": "true"}),
     ],
 )
@@ -52,9 +59,14 @@ FP16 = "from hf_tfast.training.arguments import PretrainingArguments as A; from 
     ("options", "environment", "words"),
     [
         ("fp16=True, use_cpu=True", {}, "fp16 on a CPU"),
-        ("", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"}, "each would train alone"),
+        (
+            "",
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "-1"},
+            "accelerate sees 1. Several processes on a CPU: `torchrun",
+        ),
     ],
 )
+@pytest.mark.slow
 def test_what_accelerate_really_does(options, environment, words, tmp_path):
     """The true arguments in a fresh process, because accelerate's state lasts as long as a process."""
     code = f"{FP16} check_launch(A(output_dir={str(tmp_path)!r}, {options}))"

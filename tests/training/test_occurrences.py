@@ -68,7 +68,8 @@ def test_a_window_shows_what_is_near():
     from hf_tfast import Window
 
     window, i = 5, 30
-    allowed = Window(window=window).allowed(None, *(torch.zeros(()),) * 2, torch.arange(i)[:, None], torch.arange(i), causal=True)  # fmt: skip
+    none, place = torch.zeros(()), torch.arange(i)
+    allowed = Window(window=window).allowed(None, none, none, place[:, None], place, causal=True)
     for t in range(1, i):
         for p in range(t):
             ids = torch.arange(1, i + 1)[None].clone()

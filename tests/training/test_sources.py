@@ -100,6 +100,17 @@ def test_hub_columns_have_to_be_text(column, words):
         hub_documents("wikitext", column=column)
 
 
+def test_a_local_data_set(tmp_path):
+    """The real library, over files and without a network."""
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "one", "n": 1}\n{"text": "two", "n": 2}\n')
+    found = hub_documents(str(tmp_path / "set"))
+    assert [document.text for document in found] == ["one", "two"]
+    with pytest.raises(ValueError, match="no column 'body'; it has text, n"):
+        hub_documents(str(tmp_path / "set"), column="body")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_split(seed):
     draw = random.Random(seed)

@@ -38,7 +38,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("two_way", [False, True])
 def test_resuming_repeats_an_unbroken_run(texts, tmp_path, monkeypatch, two_way):
     """Killed in the second epoch, resumed: every loss, gradient norm and weight to the last bit; dropout is on."""
-    options = {"max_steps": 9, "save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 7,
+    options = {"max_steps": 11, "save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 16,
                "model": {"attention": "window", "model": '{"hidden_dropout": 0.2}'}}  # fmt: skip
     whole = pretrain(*arguments(texts, tmp_path / "whole", **options), two_way=two_way)[0]
     assert whole["history"][-1]["epoch"] > 2, "the test means to cross epochs"
@@ -103,13 +103,17 @@ def test_divergence_stops_before_weights_are_touched(texts, tmp_path, monkeypatc
 
 
 def test_only_its_own_rows_are_evaluated(texts, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(PretrainingTrainer, "train", lambda self, **_: asked.append(self))
-    with pytest.raises(AttributeError):
+    made = []
+
+    def stop(self, **options):
+        made.append(self)
+        raise Killed
+
+    monkeypatch.setattr(PretrainingTrainer, "train", stop)
+    with pytest.raises(Killed):
         pretrain(*arguments(texts, tmp_path / "out"))
-    (trainer,) = asked
     with pytest.raises(ValueError, match="make another Evaluation"):
-        trainer.evaluate([{}])
+        made[0].evaluate([{}])
 
 
 def test_time_and_tokens(texts, tmp_path):

@@ -225,12 +225,15 @@ def fidelity(
     documents: Annotated[int, typer.Option(help="The longest documents are taken.")] = 4,
     out: Out = None,
     overwrite: Overwrite = False,
-    update: Annotated[Path | None, typer.Option(help="Renew the table between the markers of this page.")] = None,
-    plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plot of error over density.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same --out.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes; --resume goes on.")] = None,
+    update: Annotated[Path | None, typer.Option(help="Renew the tables between the markers of this page.")] = None,
+    plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plots of error and recall.")] = True,
     as_json: Json = False,
 ) -> None:
     """Measure how near mechanisms come to dense attention, in every layer of a model on real text."""
     from .benchmarking import fidelity as measured
+    from .benchmarking.pages import renew
     from .benchmarking.terminal import progress, show_fidelity
     from .quickstart.corpus import load_corpus
     from .quickstart.encoder import DEMO_NAME, demo_folder
@@ -242,13 +245,13 @@ def fidelity(
         texts, source = [document.text for document in found.documents], found.source
     request = measured.Request(
         model=model or str(demo_folder()), name=model or DEMO_NAME, texts=texts, corpus=source,
-        who=measured.parse(mechanism or []), length=length, documents=documents,
-        out=out, overwrite=overwrite, plots=plots,
+        who=measured.parse(mechanism or [], length), length=length, documents=documents,
+        out=out, overwrite=overwrite, plots=plots, resume=resume, minutes=minutes,
     )  # fmt: skip
     with progress(as_json) as report:
         folder, records = measured.fidelity(request, report)
     if update is not None:
-        measured.renew(update, measured.markdown(records))
+        renew(update, "fidelity", measured.markdown(records))
     if as_json:
         _print_json({"folder": str(folder), "records": records})
     else:
@@ -272,7 +275,7 @@ def inspect(
     from .benchmarking.inspect import inspect as picture
     from .quickstart.encoder import demo_folder
 
-    chosen = parse([f"{mechanism}:{','.join(field or [])}"])[0]
+    chosen = parse([f"{mechanism}:{','.join(field or [])}"], 0)[0]
     read = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
     figures = picture(model or str(demo_folder()), read, chosen, out, layer=layer, head=head, stack=stack)
     if as_json:

@@ -14,8 +14,8 @@ Fields = dict[str, Any]
 # Fidelity: fields of a run without --mechanism, small budgets first.
 FIDELITY: dict[str, list[Fields]] = {
     "dense": [{}],
-    "graph": [],  # a graph belongs to one length: the page says so
-    "hashed": [{"bits": 4, "rounds": n, "cap": 64, "window": 16} for n in (1, 2, 4, 8)],
+    "graph": [{}],  # a graph belongs to one length: its fields are those of `_graph`
+    "hashed": [{"bits": b, "rounds": n, "cap": 64, "window": 16} for b in (4, 6) for n in (1, 2, 4, 8, 16)],
     "linformer": [{"rank": n} for n in (64, 256, 1024)],
     "nystrom": [{"landmarks": n} for n in (16, 64, 256)],
     "performer": [{"features": n} for n in (64, 256, 1024)],
@@ -86,8 +86,16 @@ def speed_budget(name: str, length: int, causal: bool) -> Mechanism | None:
     return None if causal and not cls.causal else cls(**SPEED[name](length, causal))
 
 
-def standard() -> list[Mechanism]:
-    """Every mechanism that exists over its budgets of fidelity."""
-    if missing := set(mechanisms()) - set(FIDELITY):
-        raise ValueError(f"{sorted(missing)[0]} has no entry in FIDELITY of hf_tfast/benchmarking/budgets.py")
-    return [cls(**given) for name, cls in mechanisms().items() if name != "dense" for given in FIDELITY[name]]
+def fidelity_budgets(name: str, length: int) -> list[Fields]:
+    """Fields that a mechanism is measured with over documents of `length` tokens, small budgets first."""
+    if name not in mechanisms():
+        return [{}]  # whoever makes the mechanism says what names there are
+    if name not in FIDELITY:
+        raise ValueError(f"{name} has no entry in FIDELITY of hf_tfast/benchmarking/budgets.py")
+    return [_graph(length, False)] if name == "graph" else FIDELITY[name]
+
+
+def standard(length: int) -> list[Mechanism]:
+    """Every mechanism that exists over its budgets of fidelity; dense is what they are held against."""
+    return [cls(**given) for name, cls in mechanisms().items() if name != "dense"
+            for given in fidelity_budgets(name, length)]  # fmt: skip

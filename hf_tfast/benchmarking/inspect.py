@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..attention import Mask, Mechanism
 from .captured import Call, listening, load
-from .fidelity import named, pairs, weights
+from .fidelity import named, weights
 from .plot import need_matplotlib
+from .recall import pairs
 
 LONGEST = 2048  # tokens: a picture has one pixel a pair at most
 
@@ -53,9 +54,10 @@ def maps(call: Call, mechanism: Mechanism, head: int) -> tuple[Tensor, Tensor]:
     if call.causal and not mechanism.causal:
         raise ValueError(f"{mechanism.name} has no causal form, and this layer is causal")
     every = torch.arange(call.q.shape[2], device=call.q.device)
-    choice = mechanism.choose(call.q, call.k, Mask(causal=call.causal))
+    mask = Mask(causal=call.causal)
+    choice = mechanism.choose(call.q, call.k, mask)
     try:
-        seen, before = pairs(call, mechanism, choice, every)
+        seen, before = pairs(mechanism, call.q, call.k, mask, every, choice)
     except NotImplementedError:
         raise ValueError(
             f"{named(mechanism)} is no pattern of pairs: it changes all weights, which `tfast fidelity` measures"

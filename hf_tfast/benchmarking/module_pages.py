@@ -119,8 +119,8 @@ def heat_map(records: Sequence[Record], path: Path, subtitle: str) -> None:
     if not every or not who:
         return
     lengths = sorted({r["length"] for r in records if r["kind"] == "timing"})
-    paint = LinearSegmentedColormap.from_list("speed-up", ["#8E1B1B", "#E57368", "#FFFFFF", "#6FB1DE", "#0B4F8A"])
-    paint = paint.with_extremes(bad="#EDEDED")
+    colours = ["#8E1B1B", "#E57368", "#FFFFFF", "#6FB1DE", "#0B4F8A"]
+    paint = LinearSegmentedColormap.from_list("speed-up", colours).with_extremes(bad="#EDEDED")
     norm, columns = TwoSlopeNorm(0, -4, 5), min(4, len(every))
     rows = -(-len(every) // columns)
     figure = Figure(figsize=(1.6 + (0.55 * len(lengths) + 0.9) * columns * 1.25, rows * (0.3 * len(who) + 0.9) + 0.8),

@@ -87,7 +87,7 @@ def renew(page: Path, name: str, text: str) -> None:
 
 def renewed(page: str, name: str, text: str, where: str = "the page") -> str:
     """The page with `text` between its markers of `name`."""
-    begin, end = f"<!-- {name}: made by `tfast bench --update` -->", f"<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: made by `tfast ... --update` -->", f"<!-- end of {name} -->"
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(f"{where}: expected one line {begin!r} and after it one line {end!r}")
     return f"{page.split(begin)[0]}{begin}\n\n{text}\n{end}{page.split(end)[1]}"

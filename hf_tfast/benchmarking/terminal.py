@@ -75,7 +75,7 @@ def target_table(targets: Sequence[dict[str, Any]]) -> Table:
 def show_fidelity(records: Sequence[dict[str, Any]], folder: Path) -> None:
     """How near each mechanism came to dense attention, and where it was written."""
     from .environment import describe
-    from .fidelity import summaries
+    from .fidelity_pages import summaries
 
     table = Table(title="against dense attention, mean of layers", title_justify="left")
     table.add_column("mechanism", overflow="fold")

@@ -159,7 +159,7 @@ def test_wins_from(points, words, number):
 
 
 def test_pages_are_renewed_between_their_markers():
-    begin, end = "<!-- peers: made by `tfast bench --update` -->", "<!-- end of peers -->"
+    begin, end = "<!-- peers: made by `tfast ... --update` -->", "<!-- end of peers -->"
     page = f"before\n{begin}\nold\n{end}\nafter"
     again = pages.renewed(page, "peers", "new\n")
     assert again == f"before\n{begin}\n\nnew\n\n{end}\nafter"

@@ -1,6 +1,7 @@
 """Fidelity: what is heard is what the model computes, the figures mean what they say, files and refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ from transformers import (
     MistralModel,
 )
 
-from hf_tfast.attention import Mechanism, mechanisms
+from hf_tfast.attention import Mask, Mechanism, mechanisms
+from hf_tfast.attention.hashed import Hashed
 from hf_tfast.attention.quantized import Quantized
+from hf_tfast.attention.random import Random
 from hf_tfast.attention.svd import SVD
 from hf_tfast.attention.window import Window
-from hf_tfast.benchmarking import captured, fidelity
+from hf_tfast.benchmarking import budgets, captured, fidelity, fidelity_pages
+from hf_tfast.benchmarking.pages import renewed
 
+ROOT = Path(__file__).parents[2]
 WORDS = [f"w{n}" for n in range(40)]
 SIZES = {
     "hidden_size": 32,
@@ -146,37 +151,100 @@ def test_positions_are_extended(tmp_path):
 
 
 def test_standard_budgets_are_mechanisms():
-    found = fidelity.standard()
+    found = fidelity.standard(128)
     assert {m.name for m in found} >= {"window", "svd", "quantized"}
     assert len({fidelity.named(m) for m in found}) == len(found), "labels tell them apart"
-    for name, field in fidelity.TURNED.items():
-        assert all(field in given or name == "svd" for given in fidelity.BUDGETS[name])
+    for name, field in budgets.TURNED.items():
+        assert all(field in given or name == "svd" for given in budgets.FIDELITY[name])
 
 
 def test_parse():
-    assert fidelity.parse(["window:window=7,sinks=2"]) == [Window(window=7, sinks=2)]
-    assert fidelity.parse(["svd"]) == [SVD(**given) for given in fidelity.BUDGETS["svd"]]
-    assert fidelity.parse(["quantized:scheme=sine,queries=true"]) == [Quantized(scheme="sine", queries=True)]
+    assert fidelity.parse(["window:window=7,sinks=2"], 128) == [Window(window=7, sinks=2)]
+    assert fidelity.parse(["svd"], 128) == [SVD(**given) for given in budgets.FIDELITY["svd"]]
+    assert fidelity.parse(["quantized:scheme=sine,queries=true"], 128) == [Quantized(scheme="sine", queries=True)]
     with pytest.raises(ValueError, match="unknown attention mechanism 'windows'"):
-        fidelity.parse(["windows"])
+        fidelity.parse(["windows"], 128)
 
 
 def test_lines_of_the_plot():
-    s = fidelity.Summary("topk", "TopK(k=32, block=16, window=8)", 0, 0, 0, 0, 0)
-    assert fidelity._without_budget(s) == "TopK(block=16, window=8)"
-    s = fidelity.Summary("svd", "SVD(rank=8, keys=32)", 0, 0, 0, 0, 0)
-    assert fidelity._without_budget(s) == "SVD(rank=8)"
+    s = fidelity_pages.Summary("topk", "TopK(k=32, block=16, window=8)", 0, 0, 0, 0, 0)
+    assert fidelity_pages._without_budget(s) == "TopK(block=16, window=8)"
+    s = fidelity_pages.Summary("svd", "SVD(rank=8, keys=32)", 0, 0, 0, 0, 0)
+    assert fidelity_pages._without_budget(s) == "SVD(rank=8)"
 
 
-def test_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{fidelity.BEGIN}\nold\n{fidelity.END}\nafter\n")
-    for _ in range(2):
-        fidelity.renew(page, "| new |")
-        assert page.read_text() == f"before\n{fidelity.BEGIN}\n\n| new |\n{fidelity.END}\nafter\n"
-    page.write_text("nothing")
-    with pytest.raises(ValueError, match="expected one line"):
-        fidelity.renew(page, "")
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_of_the_same_density(causal):
+    """A window is its own: nothing that it reads lies beyond. Others are met to within one key on each side."""
+    at = torch.arange(90)
+    few = torch.tensor([0, 30, 89])
+    before = at <= few[:, None] if causal else torch.ones(3, 90, dtype=torch.bool)
+    seen = ((at - few[:, None]).abs() <= 12) & before
+    assert torch.equal(fidelity.window_of(seen.expand(1, 2, -1, -1), before, few), seen)
+    drawn = (torch.rand(1, 2, 3, 90) < 0.3) & before
+    window = fidelity.window_of(drawn, before, few)
+    wanted = drawn.sum() / 2
+    assert wanted <= window.sum() <= wanted + 6
+    assert not fidelity.window_of(torch.zeros_like(drawn), before, few).any()
+
+
+def test_far_keys():
+    """Of what lies beyond an equally dense window: a window finds nothing, drawn pairs their share, Hashed more."""
+    call = fidelity.retrieval(512, heads=4, width=32)
+    window = fidelity.compare(call, Window(window=40))
+    assert window["found"] == 0
+    assert window["far"] == pytest.approx(1 - window["recall"])
+    drawn = fidelity.compare(call, Random(window=1, sinks=0, blocks=4, block=8))
+    assert drawn["found"] == pytest.approx(drawn["density"], rel=0.3)
+    hashed = fidelity.compare(call, Hashed(bits=4, rounds=2, cap=64, window=4))
+    assert hashed["found"] > 2 * hashed["density"]
+    seen, before = fidelity.pairs(Window(window=512), call.q, call.k, Mask(), torch.arange(512), None)
+    mass = fidelity.weights(call, torch.arange(512), before)
+    torch.testing.assert_close((mass * seen) @ call.v, call.o, rtol=1e-4, atol=1e-5)
+
+
+def test_recall_grows_with_rounds_and_is_on_the_page(model, tmp_path):
+    who = [Hashed(bits=3, rounds=n, cap=8, window=2) for n in (1, 4, 16)]
+    folder, records = fidelity.fidelity(measure(model, *who, out=tmp_path / "out", plots=True), print)
+    made_up = [s.recall for s in fidelity_pages.summaries(records, "made up")]
+    on_text = [s.recall for s in fidelity.summaries(records)]
+    assert made_up == sorted(made_up)
+    assert on_text == sorted(on_text)
+    text = (folder / "table.md").read_text()
+    assert "Recall of attention mass over rounds" in text
+    assert "Far keys" in text
+    assert (folder / "hashed.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(of(records, "made up")) == 3
+
+
+def test_an_interrupted_run_is_continued(model, tmp_path, monkeypatch):
+    who = [Window(window=5), Hashed(bits=2, rounds=2, cap=8, window=2)]
+    whole, wanted = fidelity.fidelity(measure(model, *who, out=tmp_path / "whole"), print)
+    clock = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(fidelity.time, "monotonic", lambda: next(clock))
+    out = tmp_path / "out"
+    with pytest.raises(TimeoutError, match="--resume"):
+        fidelity.fidelity(measure(model, *who, out=out, minutes=1.2), print)
+    assert not out.exists()
+    with pytest.raises(FileExistsError, match="--resume"):
+        fidelity.fidelity(measure(model, *who, out=out), print)
+    compared, original = [], fidelity.compare
+    monkeypatch.setattr(fidelity, "compare", lambda *given: compared.append(given) or original(*given))
+    _, records = fidelity.fidelity(measure(model, *who, out=out, resume=True), print)
+    assert of(records) == of(wanted)
+    assert of(records, "made up") == of(wanted, "made up")
+    assert 0 < len(compared) < 10, "what was measured is not measured again"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_the_committed_page_says_what_the_committed_records_say():
+    folder, page = ROOT / "docs" / "results" / "fidelity-minilm", ROOT / "docs" / "fidelity.md"
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = page.read_text(encoding="utf-8")
+    assert renewed(text, "fidelity", fidelity.markdown(records)) == text
+    assert (folder / "table.md").read_text(encoding="utf-8") == fidelity.markdown(records)
+    measured = {r["mechanism"] for r in records if r["kind"] == "fidelity"}
+    assert measured == set(mechanisms()) - {"dense"}, "a mechanism is missing from docs/fidelity.md"
 
 
 def test_refusals(tmp_path):

@@ -55,13 +55,15 @@ class TFastConfig(PreTrainedConfig):
 
     model_type = "tfast"
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
+    base_model_tp_plan = {  # of all that a model may have; a config keeps what its own has
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.gate_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.self_attn.log_temperature": "colwise",
+        "layers.*.self_attn.convolution.weight": "colwise",
+        "layers.*.self_attn.projection": "replicated_with_grad_allreduce",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -138,7 +140,24 @@ class TFastConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
+        absent = self._absent_parts()
+        self.base_model_tp_plan = {  # type: ignore[misc]
+            name: how for name, how in (self.base_model_tp_plan or {}).items() if not name.endswith(absent)
+        }
         self.check()
+
+    def _absent_parts(self) -> tuple[str, ...]:
+        """Ends of the names of parts that a model of this config does not have."""
+        parts = {
+            "attn.gate_proj": self.attention_gate,
+            "attn.log_temperature": self.similarity == "cosine",
+            "self_attn.convolution.weight": self.nystrom_kernel is not None,
+            "self_attn.projection": self.linformer_projection == "learned",
+            "cross_attn.convolution.weight": False,
+            "cross_attn.projection": False,
+            "mlp.gate_proj": self.mlp_gated,
+        }
+        return tuple(name for name, there in parts.items() if not there)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         if self.position_encoding == "rotary":

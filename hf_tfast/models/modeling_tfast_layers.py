@@ -4,6 +4,7 @@ Attention goes through Transformers' interface. "tfast" reads the stamp that eve
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,11 +22,11 @@ from ..attention import Mechanism
 from ..attention.dense import Dense
 from ..attention.linformer import Linformer
 from ..attention.nystrom import Nystrom
-from ..integration._stamps import NAME, Stamp, set_stamp
+from ..integration._stamps import NAME, Stamp, set_stamp, stamp_of
 from ..integration.cache import meet_cache
 from ..positions.encodings import make_positions
 from .configuration_tfast import TFastConfig
-from .modeling_tfast_learned import LearnedLinformer, TFastProjection, TFastValueConvolution
+from .modeling_tfast_learned import LearnedLinformer, TFastProjection, TFastValueConvolution, local_part
 
 __all__ = ["TFastAttention", "TFastEmbeddings", "TFastLayer", "TFastMLP", "TFastRotaryEmbedding", "make_norm"]
 
@@ -157,8 +158,10 @@ class TFastAttention(nn.Module):
         if past_key_values is not None and self.config._attn_implementation == NAME and not self.is_cross_attention:
             meet_cache(self, past_key_values, attention_mask)
         query = self._split(self.q_proj(hidden_states))
+        if query.shape[1] != self.config.num_attention_heads:
+            self._meet_rank()
         if self.cosine:
-            query = _unit(query) * self.log_temperature.exp().to(query.dtype)[:, None, None]
+            query = _unit(query) * local_part(self.log_temperature).exp().to(query.dtype)[:, None, None]
         if position_embeddings is not None:
             query = rotate(query, *position_embeddings)
         key, value = self._keys(hidden_states, position_embeddings, past_key_values, key_value_states)
@@ -181,6 +184,13 @@ class TFastAttention(nn.Module):
         if self.config.attention_gate:
             out = out * self.gate_proj(hidden_states).sigmoid()
         return self.o_proj(out), weights
+
+    def _meet_rank(self) -> None:
+        """Under tensor parallelism this process has some of the heads: seeded draws are by global head."""
+        stamp, mesh = stamp_of(self), getattr(self.q_proj.weight, "device_mesh", None)
+        if stamp is not None and mesh is not None:
+            mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh
+            set_stamp(self, replace(stamp, rank=mesh.get_local_rank()))
 
     def _split(self, x: Tensor) -> Tensor:
         """[b i h*d] -> [b h i d]"""

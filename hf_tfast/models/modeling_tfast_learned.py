@@ -7,7 +7,7 @@ Nystrom     a depthwise convolution of the values along the sequence is added to
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ from ..attention.nystrom import value_convolution
 from ..backends.few import few_keys
 from ..backends.score import softmax_attention
 
-__all__ = ["LearnedLinformer", "TFastProjection", "TFastValueConvolution"]
+__all__ = ["LearnedLinformer", "TFastProjection", "TFastValueConvolution", "local_part"]
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: under tensor parallelism that of its own heads."""
+    return cast(Any, parameter).to_local() if hasattr(parameter, "to_local") else parameter
 
 
 class TFastProjection(nn.Module):
@@ -78,4 +83,4 @@ class TFastValueConvolution(nn.Module):
 
     def forward(self, v: Tensor, documents: Tensor | None, queries: int) -> Tensor:
         """`documents` [b j]: the packed document of every token, 0 for padding; None: one document, no padding."""
-        return value_convolution(v, self.weight, Mask(segments=documents), queries)
+        return value_convolution(v, local_part(self.weight), Mask(segments=documents), queries)

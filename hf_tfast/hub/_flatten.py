@@ -102,7 +102,7 @@ class _Flat:
 
     def follow(self, module: Module, statement: Statement) -> None:
         """Reach what a statement uses."""
-        _check_packages(module, statement)
+        _check_packages(module, statement.node)
         for use in statement.uses:
             meaning = self.meaning(module, use)
             if isinstance(meaning, External):
@@ -213,15 +213,16 @@ def _drop(statement: ast.stmt, node: ast.ImportFrom, lines: dict[int, str]) -> N
         lines[node.lineno] = " " * node.col_offset + "pass"
 
 
-def _check_packages(module: Module, statement: Statement) -> None:
+def _check_packages(module: Module, node: ast.AST) -> None:
     """Imports inside functions: Transformers wants every package of them, but for those in a `try`."""
-    guarded = {id(n) for t in ast.walk(statement.node) if isinstance(t, ast.Try) for n in ast.walk(t)}
-    for node in ast.walk(statement.node):
-        if isinstance(node, ast.Import) and id(node) not in guarded:
-            for alias in node.names:
-                _check_package(module, alias.name)
-        elif isinstance(node, ast.ImportFrom) and not node.level and id(node) not in guarded:
-            _check_package(module, node.module or "")
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            _check_package(module, alias.name)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        _check_package(module, node.module or "")
+    elif not isinstance(node, ast.Try):
+        for inner in ast.iter_child_nodes(node):
+            _check_packages(module, inner)
 
 
 def _check_package(module: Module, name: str) -> None:

@@ -3,6 +3,7 @@
 import ast
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ._names import Use, bound, uses
@@ -34,7 +35,10 @@ class Statement:
     node: ast.stmt
     first: int  # its first line, from 1, comments and decorators included
     binds: set[str]
-    uses: list[Use]
+
+    @cached_property
+    def uses(self) -> list[Use]:
+        return uses(self.node)
 
     @property
     def last(self) -> int:
@@ -101,7 +105,7 @@ class Package:
             end = node.end_lineno or node.lineno
             if isinstance(node, ast.Import | ast.ImportFrom) or _is_docstring(node) or _for_types(node):
                 continue
-            module.statements.append(Statement(node, start, bound([node]), uses(node)))
+            module.statements.append(Statement(node, start, bound([node])))
         return module
 
     def _imports(self, module: Module, package: str) -> None:

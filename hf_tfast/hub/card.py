@@ -63,7 +63,8 @@ def model_card(
     if unknown := sorted(set(metadata) - _KNOWN):
         raise ValueError(f"model cards have no field {unknown[0]!r}; they have {', '.join(sorted(_KNOWN))}")
     licence = _licence(metadata)
-    choice, planned = _choice(model)
+    choice = _choice(model)
+    planned = "model_type" not in choice
     length = _length(model)
     report = attention_report(model, length)
     if report.overruled:
@@ -87,7 +88,6 @@ def model_card(
         layers=_layers(report.layers),
         length=length,
         mechanisms=_mechanisms(runs),
-        source_of_choice="The plan, in config.json as `quantization_config`" if planned else "In config.json",
         choice=json.dumps(choice, indent=2),
         measured=measured,
         limits=_limits(base, bool(measured)),
@@ -109,25 +109,29 @@ def _licence(metadata: dict[str, Any]) -> str:
     return str(metadata.get("license_name") or given)
 
 
-def _choice(model: PreTrainedModel) -> tuple[dict[str, Any], bool]:
-    """What config.json says of the fast parts, and whether it is a plan."""
-    plan = getattr(model.config, "quantization_config", None)
-    if isinstance(plan, FastPlan):
-        return plan.to_dict(), True
-    if type(model.config).__module__.startswith("hf_tfast.models."):
+def _choice(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json says of the fast parts: fields of a TFast config, and a plan."""
+    config: Any = model.config
+    choice: dict[str, Any] = {}
+    if type(config).__module__.startswith("hf_tfast.models."):
         names = ("model_type", "attention", "feed_forward", "position_encoding", "causal")
-        return {name: value for name in names if (value := getattr(model.config, name, None)) is not None}, False
-    raise ValueError(
-        f"this {type(model).__name__} has neither a FastPlan nor a TFastConfig, so there is nothing to say of it: "
-        "apply_plan(model, FastPlan(...)) first, or write its card by hand"
-    )
+        choice = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    plan = getattr(config, "quantization_config", None)
+    if isinstance(plan, FastPlan):
+        choice["quantization_config"] = plan.to_dict()
+    if not choice:
+        raise ValueError(
+            f"this {type(model).__name__} has neither a FastPlan nor a TFastConfig, so there is nothing to say of it: "
+            "apply_plan(model, FastPlan(...)) first, or write its card by hand"
+        )
+    return choice
 
 
 def _facts(model: PreTrainedModel, name: str, choice: dict[str, Any], metadata: dict[str, Any]) -> Facts:
-    attention = choice.get("attention")
+    attention = choice.get("attention") or choice.get("quantization_config", {}).get("attention")
     base = metadata.get("base_model") or []
     names = [name, *([base] if isinstance(base, str) else base)]
-    return Facts(attention or {"mechanism": "dense"}, list(_dicts(attention)), names, model.num_parameters())
+    return Facts(attention or {"mechanism": "dense"}, _dicts(attention), names, model.num_parameters())
 
 
 def _dicts(attention: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..benchmarking import fidelity, table
+from ..benchmarking import fidelity_pages, table
 from ..benchmarking.environment import describe
 
 __all__ = ["Facts", "Measured", "read_results"]
@@ -89,7 +89,7 @@ def _fidelity(records: list[Record], facts: Facts, path: Path) -> Measured:
     mine = [r for r in records if r["kind"] != "fidelity" or _is_ours(r, facts)]
     _check_any([r for r in mine if r["kind"] == "fidelity"], facts, path)
     kept = [record for record in mine if record["kind"] != "skipped"]
-    return Measured("How near to dense attention, layer by layer", fidelity.markdown(kept))
+    return Measured("How near to dense attention, layer by layer", fidelity_pages.markdown(kept))
 
 
 def _timings(records: list[Record], facts: Facts, path: Path) -> Measured:

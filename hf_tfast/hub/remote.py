@@ -30,7 +30,7 @@ def save_code(model: PreTrainedModel, folder: str | Path, *, standalone: bool = 
     """Write the code of a saved model into its folder, and into config.json which classes it holds. Returns the file.
 
     An older `modeling_tfast.py` is replaced. ValueError for models that are not of the TFast family, for a model with
-    a FastPlan beside its config (standalone only), and for a folder without config.json.
+    a FastPlan or quantisation beside its config (standalone only), and for a folder without config.json.
     """
     folder = Path(folder)
     family = _family(model)
@@ -53,8 +53,8 @@ def flat_source(model: PreTrainedModel) -> str:
 
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
-            "this model has a plan or quantisation beside its config, which a file on its own cannot carry: give the "
-            "mechanisms to the config, as TFastConfig(attention=...), or push it without remote_code"
+            "this model has a plan or quantisation beside its config, which a file on its own cannot carry: it loads "
+            "where hf_tfast is imported; save and push it without remote_code"
         )
     family = _family(model)
     used = _mechanisms(model)

@@ -40,8 +40,7 @@ class SharedModel(PreTrainedModel):
         if remote_code or pushed is not None:
             import hf_tfast  # the public door: what it needs stands on this room
 
-            code = {"standalone": bool(remote_code or pushed)}
-            hf_tfast.save_code(self, save_directory, **code)  # type: ignore[misc]
+            hf_tfast.save_code(self, save_directory, standalone=bool(remote_code or pushed))  # type: ignore[misc]
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, remote_code: bool = False, **options: Any

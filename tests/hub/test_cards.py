@@ -103,7 +103,7 @@ def test_a_plan_is_said_layer_by_layer(planned):
     assert "Import hf_tfast before loading. Without it loading raises" in text
     assert '`attn_implementation="sdpa"` runs the same weights densely' in text
     assert 'AutoModelForCausalLM.from_pretrained("somebody/fast")' in text
-    assert json.dumps(planned.config.quantization_config.to_dict(), indent=2) in text
+    assert json.dumps({"quantization_config": planned.config.quantization_config.to_dict()}, indent=2) in text
     assert "Nothing yet." in text
 
 

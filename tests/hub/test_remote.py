@@ -6,11 +6,13 @@ from tests.hub.processes import run
 from tests.hub.server import OWNER, LocalHub
 
 MODELS = """
-CAUSAL = ["window", "hashed", "topk", "performer"]
-MASKED = ["nystrom"]
-IDS = torch.arange(40).reshape(2, 20) * 7 % 97 + 1
+NAMES = ["window", "hashed", "causal", "masked"]
+IDS = torch.arange(80).reshape(2, 40) * 7 % 97 + 1
 MASK = torch.ones_like(IDS)
 MASK[0, :6] = 0
+
+def auto(name):
+    return transformers.AutoModelForMaskedLM if name == "masked" else transformers.AutoModelForCausalLM
 
 def logits(model):
     with torch.no_grad():
@@ -19,31 +21,43 @@ def logits(model):
 PUSH = (
     MODELS
     + """
+import os
 import hf_tfast
-from hf_tfast import TFastConfig, TFastForCausalLM, TFastForMaskedLM
+from hf_tfast import TFastConfig, TFastForCausalLM, TFastForMaskedLM, mechanisms
 
-SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0,
-         "initializer_range": 0.3}
-ATTENTION = {
-    "window": {"mechanism": "window", "window": 5, "sinks": 1},
-    "hashed": {"mechanism": "hashed", "bits": 2, "rounds": 2, "cap": 4, "window": 2},
-    "topk": {"0": {"mechanism": "topk", "k": 8, "block": 4, "window": 4}, "1": {"mechanism": "window", "window": 3}},
-    "performer": {"mechanism": "performer", "features": 16},
-    "nystrom": {"mechanism": "nystrom", "landmarks": 4},
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0, "initializer_range": 0.3}
+EVERY = [cls(**cls.small) for cls in mechanisms().values()]
+CAUSAL = [one for one in EVERY if one.causal and one.name != "svd"]  # which needs a calibrated basis there
+LAYERS = {
+    "window": [{"mechanism": "window", "window": 5, "sinks": 1}] * 2,
+    "hashed": [{"mechanism": "hashed", "bits": 2, "rounds": 2, "cap": 4, "window": 2}] * 2,
+    "causal": CAUSAL,
+    "masked": EVERY,
 }
+MORE = {"window": {"position_encoding": "sinusoidal", "similarity": "cosine", "attention_gate": True},
+        "masked": {"nystrom_kernel": 3, "linformer_projection": "learned", "position_encoding": "low_rank"}}
+said["masked mechanisms"] = [one.name for one in EVERY]
 torch.manual_seed(7)
-for name, attention in ATTENTION.items():
-    cls = TFastForMaskedLM if name in MASKED else TFastForCausalLM
-    model = cls(TFastConfig(attention=attention, **SMALL)).eval()
+for name, layers in LAYERS.items():
+    cls = TFastForMaskedLM if name == "masked" else TFastForCausalLM
+    model = cls(TFastConfig(attention=layers, num_hidden_layers=len(layers), **SMALL, **MORE.get(name, {}))).eval()
     said[name] = logits(model)
     model.push_to_hub(f"flat-{name}", remote_code=True)
     if name == "window":
         model.push_to_hub("pointer")
         model.save_pretrained("bare")
-        said["bare"] = sorted(__import__("os").listdir("bare"))
+        said["bare"] = sorted(os.listdir("bare"))
         model.save_pretrained("pushed-on-saving", push_to_hub=True, remote_code=True)
-        said["tokens"] = model.generate(IDS, attention_mask=MASK, max_new_tokens=8, do_sample=False).tolist()
+    if name != "masked":
+        given = {"attention_mask": MASK, "max_new_tokens": 6, "do_sample": False}
+        said[f"{name} tokens"] = model.generate(IDS, **given).tolist()
+    if name == "hashed":
+        said["pushed"] = hf_tfast.push(model, "somebody/with-card", remote_code=True, license="mit")
+        hf_tfast.push(model, "somebody/with-card", license="apache-2.0")
+        said["by hand"] = error(lambda: hf_tfast.push(model, "somebody/flat-hashed", license="mit"))
+        said["no licence"] = error(lambda: hf_tfast.push(model, "somebody/new"))
+        said["there"] = error(lambda: hf_tfast.save(model, "bare", license="mit"))
     model.set_attn_implementation("sdpa")
     said[f"{name} dense"] = logits(model)
 """
@@ -51,25 +65,26 @@ for name, attention in ATTENTION.items():
 WITHOUT = (
     MODELS
     + """
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 said["installed"] = error(lambda: __import__("hf_tfast"))
 models = {}
-for name in CAUSAL + MASKED:
-    auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
-    models[name] = auto.from_pretrained(f"OWNER/flat-{name}", trust_remote_code=True)
+for name in NAMES:
+    models[name] = auto(name).from_pretrained(f"OWNER/flat-{name}", trust_remote_code=True)
     said[name] = logits(models[name])
 for name, model in models.items():  # several files side by side, each with its own classes
     said[f"{name} again"] = logits(model)
     model.save_pretrained(name)
-    saved = type(model).from_pretrained(name) if name in MASKED else None
-    auto = AutoModelForMaskedLM if name in MASKED else AutoModelForCausalLM
-    said[f"{name} saved"] = logits(auto.from_pretrained(name, trust_remote_code=True))
+    said[f"{name} saved"] = logits(auto(name).from_pretrained(name, trust_remote_code=True))
+    if name != "masked":
+        given = {"attention_mask": MASK, "max_new_tokens": 6, "do_sample": False}
+        said[f"{name} tokens"] = model.generate(IDS, **given).tolist()
 window = models["window"]
-said["tokens"] = window.generate(IDS, attention_mask=MASK, max_new_tokens=8, do_sample=False).tolist()
 said["files"] = sorted(__import__("os").listdir("window"))
 said["auto_map"] = json.load(open("window/config.json"))["auto_map"]
 said["base"] = type(AutoModel.from_pretrained("OWNER/flat-window", trust_remote_code=True)).__name__
+window.push_to_hub("again")
+said["pushed again"] = logits(AutoModelForCausalLM.from_pretrained("OWNER/again", trust_remote_code=True))
 said["saved without"] = error(lambda: window.save_pretrained("x", remote_code=False))
 window.set_attn_implementation("sdpa")
 said["window dense"] = logits(window)
@@ -128,13 +143,15 @@ def test_one_file_runs_without_hf_tfast_to_the_last_bit(pushed):
     hub, before, place = pushed
     after = run(hub, place / "without", WITHOUT, without=True)
     assert after["installed"].startswith("ModuleNotFoundError")
-    for name in ("window", "hashed", "topk", "performer", "nystrom"):
+    assert len(before["masked mechanisms"]) >= 13
+    for name in ("window", "hashed", "causal", "masked"):
         assert before[name] != before[f"{name} dense"], "the mechanism must show"
         for case in (name, f"{name} again", f"{name} saved"):
             assert after[case] == before[name], case
-    assert after["tokens"] == before["tokens"]
+        assert after.get(f"{name} tokens") == before.get(f"{name} tokens")
+    assert after["pushed again"] == before["window"]
     assert after["window dense"] == before["window dense"]
-    assert after["other fields"] not in (before["window"],)
+    assert after["other fields"] != before["window"]
     assert after["files"] == ["config.json", "generation_config.json", "model.safetensors", "modeling_tfast.py"]
     assert after["auto_map"]["AutoModelForCausalLM"] == "modeling_tfast.TFastForCausalLM"
     assert after["base"] == "TFastModel"
@@ -171,3 +188,19 @@ def test_where_hf_tfast_is_installed_its_classes_win(pushed):
         assert after[f"{repository} is ours"]
         assert after[repository] == after[f"{repository} saved"] == before["window"]
         assert after[f"{repository} plain"] is None, "the installed class is not marked as one from a repository"
+
+
+def test_pushed_with_a_card(pushed):
+    hub, before, _ = pushed
+    files = hub.files(f"{OWNER}/with-card")
+    card = files["README.md"].decode()
+    assert "license: apache-2.0" in card, "a card of ours is renewed"
+    assert "| text 0 to 1 | self | `Hashed(" in card
+    assert before["pushed"].startswith(hub.url)
+    first = hub.repositories[f"{OWNER}/with-card"].commits[1][1]
+    assert b"class Hashed(" in first["modeling_tfast.py"]
+    assert b"class Hashed(" not in files["modeling_tfast.py"]
+    assert "a card that hf_tfast did not make" in before["by hand"]
+    assert "needs a licence" in before["no licence"]
+    assert "FileExistsError" in before["there"]
+    assert f"{OWNER}/new" not in hub.repositories

@@ -93,7 +93,8 @@ class TopK(Stepped, Chosen):
             def rule(part_q: Tensor, part: slice) -> Tensor:
                 far = candidates(grid, offset, reach, part, mask.causal)
                 highest = bounds.highest(part_q * _sign(score)).view(*part_q.shape[:3], -1)
-                return best(highest.masked_fill_(~far, float("-inf")), count)
+                out = torch.zeros((), dtype=highest.dtype, device=far.device).where(far, float("-inf"))
+                return best(highest.add_(out), count)  # far faster than filling by a mask
 
             chosen = over_queries(q, len(grid.number), rule)
             return BlockChoice(**Choice.place(q, k, mask, score), grid=grid, reach=reach, chosen=chosen)

@@ -88,8 +88,8 @@ def best(scores: Tensor, k: int) -> Tensor:
     """Bool like `scores` [.. n]: the k largest of each row, ties to the earlier; -inf is never among them."""
     if k >= scores.shape[-1]:
         return scores > float("-inf")
-    cut = scores.topk(k, dim=-1).values[..., -1:]
-    chosen = (scores >= cut) & (scores > float("-inf"))
+    cut = scores.topk(k, dim=-1).values[..., -1:].clamp_min(torch.finfo(scores.dtype).min)
+    chosen = scores >= cut
     tied = chosen.sum(-1) > k
     if bool(tied.any()):
         rows, cut = scores[tied], cut[tied]
@@ -150,19 +150,31 @@ def far_lists(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:
     filled, empty = grid.filled(), grid.keys == sizes.j
     t = 128 if shared >= 1024 else 32
     step = max(1, entries(grid.at.device) // (t * grid.block))
-    whole = (~empty.any(-1)).tolist()
+    whole = ~empty.any(-1)
+    if grid.at.device.type == "cpu":  # head by head: its queries and outputs stay in the cache
+        by_head, filled_whole = chosen[whole].view(int(whole.sum()), -1, shared), filled[whole]
+        for unit in range(sizes.b * sizes.g if len(by_head) else 0):
+            rows, none, block = _cut(by_head[:, unit].contiguous(), t)
+            rows = rows.add_(unit * shared).masked_fill_(none, nobody)
+            keys, numbers = filled_whole[block] + unit * sizes.j, block.tolist()
+            for u in range(0, len(rows), step):
+                part = numbers[u : u + step]
+                again = tuple(n for n in range(1, len(part)) if part[n] != part[n - 1])
+                yield Tiles(rows[u : u + step], keys[u : u + step], again=again)
     for n in range(len(chosen)):
-        rows, units = _cut(chosen[n].view(-1, shared), t, nobody)
+        if bool(whole[n]) and grid.at.device.type == "cpu":
+            continue
+        rows, none, units = _cut(chosen[n].view(-1, shared), t)
+        rows = rows.add_(units[:, None] * shared).masked_fill_(none, nobody)
         keys = filled[n] + units[:, None] * sizes.j
-        hidden = None if whole[n] else empty[n].expand(1, 1, -1)
-        hide = None if hidden is None else given(hidden)
+        hide = None if bool(whole[n]) else given(empty[n].expand(1, 1, -1))
         for u in range(0, len(rows), step):
             yield Tiles(rows[u : u + step], keys[u : u + step], hide)
 
 
-def _cut(members: Tensor, t: int, nobody: int) -> tuple[Tensor, Tensor]:
-    """members [m r] bool -> rows [u t]: where (of the flattened m r) it is true, each m cut into tiles of t that are
-    filled up with `nobody`; and [u] the m of each tile."""
+def _cut(members: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+    """members [m r] bool -> [u t] where (of r) it is true, each m cut into tiles of t, filled up; which of them are
+    filling [u t]; and [u] the m of each tile."""
     m, r = members.shape
     rows = members.view(-1).nonzero().view(-1)
     count = torch.bincount(rows // r, minlength=m) if m > 1 else torch.tensor([len(rows)], device=rows.device)
@@ -172,9 +184,10 @@ def _cut(members: Tensor, t: int, nobody: int) -> tuple[Tensor, Tensor]:
         count.cumsum(0) - count
     )  # from the place in `rows` to the place in a tile
     places = torch.arange(len(rows), device=rows.device) + torch.repeat_interleave(shift, count)
-    padded = torch.full((len(units) * t,), nobody, device=rows.device)
-    padded[places] = rows
-    return padded.view(-1, t), units
+    padded = torch.full((len(units) * t,), -1, device=rows.device)
+    padded[places] = rows % r
+    padded = padded.view(-1, t)
+    return padded, padded < 0, units
 
 
 def _gathered(sizes: Sizes, grid: Grid, chosen: Tensor) -> Iterator[Tiles]:

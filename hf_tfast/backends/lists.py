@@ -4,7 +4,7 @@ A tile is any few queries against any few keys: their rows are gathered, so a li
 block of keys, or a bucket. A query may have many tiles; what it has read so far is kept as (maximum, sum, output) and
 every further tile is merged into it
 
-    m' = max(m, max_j s_ij)    l' = l e^(m - m') + sum_j e^(s_ij - m')    o' = o e^(m - m') + sum_j e^(s_ij - m') v_j
+    l' = l e^(m - m') + sum_j e^(s_ij - m')    o' = o e^(m - m') + sum_j e^(s_ij - m') v_j    m' = m or max_j s_ij
 
 (Milakov and Gimelshein, "Online normalizer calculation for softmax", section 3; Dao et al., "FlashAttention", section
 3.1). Backward recomputes each tile from q, k, v and the log-sum-exp, so memory is linear in rows and lists.
@@ -19,7 +19,7 @@ Axes   b batch, h query heads, g key/value heads, i queries, j keys, d key width
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,7 +29,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .score import Score
 from .scratch import Scratch
 
-ENTRIES = {"cpu": 2**18, "cuda": 2**25}  # scores that run together: about the second-level cache of a CPU
+ENTRIES = {"cpu": 2**19, "cuda": 2**25}  # scores that run together: about the second-level cache of a CPU
+SLACK = 40.0  # a weight may exceed 2^0 by so much before a query's stabiliser is raised
 HIDDEN = 1e30  # below every score, with room for its multiples in fp32
 LEAST = -1e28  # maximum of a query that has read nothing: above every hidden score
 LOG2_E = math.log2(math.e)
@@ -44,7 +45,8 @@ def entries(device: torch.device) -> int:
 class Tiles:
     """u tiles of equal size.
 
-    rows   [u t] int64: the queries, as rows of q [(b h i) d]; b*h*i stands for nobody. A query is in one tile at most.
+    rows   [u t] int64: the queries, as rows of q [(b h i) d]; b*h*i stands for nobody. A query is in one tile at most
+           of those up to the next number in `again`.
     keys   [u s] int64: the keys, as rows of k [(b g j) d]. Every slot holds a key, hidden ones too: take one that the
            tile reads anyway.
     lower  None, or a function of the scores [u t s] in any unit, and of scratch memory, that lowers in place the
@@ -59,6 +61,7 @@ class Tiles:
     lower: Callable[[Tensor, Scratch], None] | None = None
     hide: Callable[[Tensor], Tensor] | None = None
     drop: Callable[[Tensor], Tensor] | None = None
+    again: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -303,20 +306,35 @@ def _read(
 ) -> None:
     """Merge what the queries of `tiles` read into (top, total, o)."""
     (q, k, v), (top, total, o) = inputs, running
-    rows, shape = tiles.rows.flatten(), (*tiles.rows.shape, 1)
+    rows = tiles.rows.flatten()
     gather = partial(_gather, scratch, dtype=call.wide)
     scored = call.scores(gather("q", q, tiles.rows), gather("k", k, tiles.keys), tiles, scratch)
-    s = scored.s
-    before = top.index_select(0, rows).view(shape)
-    now = torch.maximum(before, s.amax(-1, keepdim=True))
-    p = s.sub_(now).exp2_()
-    shrink = before.sub_(now).exp2_()
-    top.index_copy_(0, rows, now.view(-1))
-    sums = torch.addcmul(p.sum(-1, keepdim=True), total.index_select(0, rows).view(shape), shrink)
-    total.index_copy_(0, rows, sums.view(-1))
+    highest = scored.s.amax(-1).flatten()
+    over = highest > top.take(rows).add_(SLACK)
+    if bool(over.any()):
+        if tiles.again:  # a query's tiles are read one after the other, so that it does not matter which come together
+            for first, stop in zip((0, *tiles.again), (*tiles.again, len(tiles.rows)), strict=True):
+                one = replace(tiles, rows=tiles.rows[first:stop], keys=tiles.keys[first:stop], again=())
+                _read(call, one, inputs, running, scratch)
+            return
+        _raise(running, rows[over], highest[over])
+    p = scored.s.sub_(top.take(tiles.rows)[..., None]).exp2_()
+    total.index_add_(0, rows, p.sum(-1).flatten())
     p = p if scored.keep is None else p.mul_(scored.keep)
-    out = gather("o", o, tiles.rows).mul_(shrink)
-    o.index_copy_(0, rows, out.baddbmm_(p, gather("v", v, tiles.keys)).view(-1, call.e))
+    out = scratch("o", (*tiles.rows.shape, call.e), call.wide)
+    o.index_add_(0, rows, torch.bmm(p, gather("v", v, tiles.keys), out=out).view(-1, call.e))
+
+
+def _raise(running: tuple[Tensor, Tensor, Tensor], rows: Tensor, highest: Tensor) -> None:
+    """Give `rows` the stabiliser `highest`, and what they have read so far the weight that goes with it."""
+    top, total, o = running
+    before = top.take(rows)
+    top.scatter_reduce_(0, rows, highest, "amax")  # nobody may come more than once
+    begun = before > LEAST
+    if bool(begun.any()):
+        rows, shrink = rows[begun], (before - top.take(rows))[begun].exp2_()
+        total.index_copy_(0, rows, total.take(rows).mul_(shrink))
+        o.index_copy_(0, rows, o.index_select(0, rows).mul_(shrink[:, None]))
 
 
 def _read_back(

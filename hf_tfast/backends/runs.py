@@ -129,8 +129,9 @@ def run_lists(sizes: Sizes, runs: Runs, reach: tuple[int, int], size: int) -> It
     size    queries of a tile under causality; else a tile holds a bucket, or an even part of a large one.
     """
     seen = _Seen(sizes, runs)
-    for r in range(len(runs.order)):
-        yield from _Round(sizes, runs, seen, r, reach[r == len(runs.order) - 1], size).tiles()
+    last = len(runs.order) - 1
+    for r in (last, *range(last)):  # a query's own window first: its scores are a good stabiliser for the others
+        yield from _Round(sizes, runs, seen, r, reach[r == last], size).tiles()
 
 
 class _Seen:

@@ -29,6 +29,7 @@ class Suite:
     competitors  who runs in a case, given the records so far.
     prepare      records that a case needs beside its timings and that the ledger does not hold yet.
     markdown     the tables of its records. draw: its PNG plots, from records, into a folder, with a subtitle.
+    patience     seconds of samples of one entry; a slower call is made once.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Suite:
     markdown: Callable[[Sequence[Record]], str]
     draw: Callable[[Sequence[Record], Path, str], None]
     content: str = "normal"
+    patience: float = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,6 @@ class Run:
     """How a suite is run.
 
     seconds   an entry whose single call would take longer is skipped, and says so.
-    patience  seconds of samples of one entry; a slower call is made once.
     minutes   no race is begun after so many; the suite can be continued with `resume`.
     """
 
@@ -57,7 +58,6 @@ class Run:
     passes: Sequence[str] = PASSES
     rounds: int = 5
     seconds: float = 60.0
-    patience: float = 4.0
     minutes: float | None = None
     base: dict[str, Any] = field(default_factory=dict)
 
@@ -81,13 +81,13 @@ def conduct(suite: Suite, run: Run, report: Report) -> tuple[Path, list[Record]]
     if run.plots:
         need_matplotlib()
     cases, folder = races(suite, run), run.out or fresh_name(f"bench-{suite.name}")
-    about = {"suite": suite.name, "rounds": run.rounds, "patience": run.patience}
+    about = {"suite": suite.name, "rounds": run.rounds, "patience": suite.patience}
     ledger = resume(folder, about) if run.resume else begin(folder, about)
     machine = {"kind": "environment", **environment()}
     report(describe_machine(machine))
     if warning := busy(machine):
         report(warning)
-    meter = Meter(rounds=run.rounds, seconds=run.seconds, patience=run.patience, baseline=3, report=report)
+    meter = Meter(rounds=run.rounds, seconds=run.seconds, patience=suite.patience, baseline=3, report=report)
     _remember(meter, ledger)
     done = [_case(r) for r in ledger.of("timing")]
     began, told = time.monotonic(), False

@@ -116,4 +116,4 @@ def difference(case: Case, pair: Pair) -> Record:
     return {**record, "difference": (theirs - mine).abs().max().item(), "largest": theirs.abs().max().item()}
 
 
-SUITE = Suite("peers", (False,), competitors, prepare, markdown, draw, content="topics")
+SUITE = Suite("peers", (False,), competitors, prepare, markdown, draw, content="topics", patience=10.0)

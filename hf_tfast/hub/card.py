@@ -135,13 +135,14 @@ def _facts(model: PreTrainedModel, name: str, choice: dict[str, Any], metadata: 
 
 
 def _dicts(attention: Any) -> list[dict[str, Any]]:
-    """The mechanisms in a choice: one, one for each range of layers, or one for each layer."""
+    """The mechanisms in a choice, each once: for all layers, ranges of them, one for each, in one stack or two."""
     if not attention:
         return [Dense().to_dict()]
-    several = attention if isinstance(attention, list) else attention.values()
-    found = [attention] if "mechanism" in attention else list(several)
-    whole = [mechanism_from_dict(one).to_dict() for one in found]
-    return [one for n, one in enumerate(whole) if one not in whole[:n]]
+    if "mechanism" in attention:
+        return [mechanism_from_dict(attention).to_dict()]
+    inner = attention if isinstance(attention, list) else attention.values()
+    found = [one for part in inner for one in _dicts(part)]
+    return [one for n, one in enumerate(found) if one not in found[:n]]
 
 
 def _length(model: PreTrainedModel) -> int:

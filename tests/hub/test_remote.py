@@ -6,24 +6,27 @@ from tests.hub.processes import run
 from tests.hub.server import OWNER, LocalHub
 
 MODELS = """
-NAMES = ["window", "hashed", "causal", "masked"]
+NAMES = ["window", "hashed", "causal", "masked", "seq2seq"]
+HEADS = {"masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 IDS = torch.arange(80).reshape(2, 40) * 7 % 97 + 1
 MASK = torch.ones_like(IDS)
 MASK[0, :6] = 0
 
 def auto(name):
-    return transformers.AutoModelForMaskedLM if name == "masked" else transformers.AutoModelForCausalLM
+    return getattr(transformers, HEADS.get(name, "AutoModelForCausalLM"))
 
 def logits(model):
     with torch.no_grad():
-        return model.eval()(input_ids=IDS, attention_mask=MASK).logits.tolist()
+        more = {"decoder_input_ids": IDS[:, :20]} if model.config.is_encoder_decoder else {}
+        return model.eval()(input_ids=IDS, attention_mask=MASK, **more).logits.tolist()
 """
 PUSH = (
     MODELS
     + """
 import os
 import hf_tfast
-from hf_tfast import TFastConfig, TFastForCausalLM, TFastForMaskedLM, mechanisms
+from hf_tfast import TFastConfig, TFastForCausalLM, TFastForConditionalGeneration, TFastForMaskedLM, mechanisms
+from hf_tfast import TFastSeq2SeqConfig
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0, "initializer_range": 0.3}
@@ -34,14 +37,19 @@ LAYERS = {
     "hashed": [{"mechanism": "hashed", "bits": 2, "rounds": 2, "cap": 4, "window": 2}] * 2,
     "causal": CAUSAL,
     "masked": EVERY,
+    "seq2seq": {"encoder": {"mechanism": "nystrom", "landmarks": 4},
+                "decoder": {"1-": {"mechanism": "window", "window": 5}}},
 }
 MORE = {"window": {"position_encoding": "sinusoidal", "similarity": "cosine", "attention_gate": True},
+        "seq2seq": {"decoder_start_token_id": 1},
         "masked": {"nystrom_kernel": 3, "linformer_projection": "learned", "position_encoding": "low_rank"}}
 said["masked mechanisms"] = [one.name for one in EVERY]
 torch.manual_seed(7)
 for name, layers in LAYERS.items():
-    cls = TFastForMaskedLM if name == "masked" else TFastForCausalLM
-    model = cls(TFastConfig(attention=layers, num_hidden_layers=len(layers), **SMALL, **MORE.get(name, {}))).eval()
+    config = (TFastSeq2SeqConfig if name == "seq2seq" else TFastConfig)(
+        attention=layers, num_hidden_layers=len(layers), **SMALL, **MORE.get(name, {}))
+    heads = {"masked": TFastForMaskedLM, "seq2seq": TFastForConditionalGeneration}
+    model = heads.get(name, TFastForCausalLM)(config).eval()
     said[name] = logits(model)
     model.push_to_hub(f"flat-{name}", remote_code=True)
     if name == "window":
@@ -144,7 +152,7 @@ def test_one_file_runs_without_hf_tfast_to_the_last_bit(pushed):
     after = run(hub, place / "without", WITHOUT, without=True)
     assert after["installed"].startswith("ModuleNotFoundError")
     assert len(before["masked mechanisms"]) >= 13
-    for name in ("window", "hashed", "causal", "masked"):
+    for name in ("window", "hashed", "causal", "masked", "seq2seq"):
         assert before[name] != before[f"{name} dense"], "the mechanism must show"
         for case in (name, f"{name} again", f"{name} saved"):
             assert after[case] == before[name], case

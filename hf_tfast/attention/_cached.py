@@ -28,6 +28,9 @@ class Store(Protocol):
     def most_back(self) -> int | None:
         """How many slots `take_back` can forget; None: all."""
 
+    def settle(self) -> None:
+        """The last slots have been attended to: drop what only they needed."""
+
     def take_back(self, slots: int, lengths: Lengths) -> None:
         """Forget the last `slots` slots, so that the rows hold `lengths` tokens."""
 

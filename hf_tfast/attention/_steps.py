@@ -4,6 +4,7 @@ A step at position p reads, of L = p + 1 keys per key head, the last (reach + 1)
 it chose: (reach + 1 + chosen) block keys and values, and L / block boxes, each the size of two keys.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ from ._chosen import reach_of
 STEPS = 16  # queries of one call that are decoded one by one; more of them share what they read
 
 
-class Far(NamedTuple):
+@dataclass(frozen=True)
+class Far:
     """What one query knows of the blocks that it may choose: the first `count` ones.
 
     q       [b g m d] in at least fp32, the m = h / g query heads of a key head.
     there   None, or [b 1 n] bool: which of the blocks a row has.
-    near    [b h]: log of the sum of e^s over the keys of the window, and the sink logit.
+    near    [b h n]: the scores of the keys of the window, and the sink logit.
     """
 
     q: Tensor
@@ -87,44 +89,40 @@ class Stepped(Mechanism):
 
     def _step(self, store: BlockStore, q: Tensor, n: Lengths, score: Score) -> Tensor:
         """Query q [b h 1 d], the last of the first n tokens of each row (0: none) -> [b h 1 e]."""
-        (b, h), g, reach, dtype = (
-            q.shape[:2],
-            store.keys.held.shape[1],
-            reach_of(self.window, self.block, True),
-            q.dtype,
-        )
-        rows = group(q.to(torch.promote_types(dtype, torch.float32)), g)  # [b g h/g d]
-        k, v, hidden, first = self._near(store, n, reach)
+        (b, h), g, dtype = q.shape[:2], store.keys.held.shape[1], q.dtype
+        rows = group(q.to(torch.promote_types(dtype, torch.float32)), g).flatten(0, 1)  # [b*g h/g d]
+        k, v, hidden, first = self._near(store, n, reach_of(self.window, self.block, True))
         scale = score.factor(q.shape[-1])
-        s = score.cap((rows @ k.to(rows.dtype).mT).view(b, h, -1) * scale)
-        s = s if hidden is None else s.masked_fill_(hidden, float("-inf"))
-        sinks = None if score.sinks is None else score.sinks.to(s.dtype).expand(b, h)
-        parts, beside, far_values = [s], None, None
+        s = score.cap(torch.bmm(rows, k.flatten(0, 1).to(rows.dtype).mT).view(b, h, -1) * scale)
+        parts = [s if hidden is None else s.masked_fill_(hidden, float("-inf"))]
+        if score.sinks is not None:
+            parts.append(score.sinks.to(s.dtype).expand(b, h)[..., None])
+        sizes, far_values = [s.shape[-1], len(parts) - 1, 0], None
         if count := longest(first):
             there = None
             if isinstance(first, Tensor):
                 there = (torch.arange(count, device=q.device) < first[:, None])[:, None]
-            near = s.logsumexp(-1)
-            near = near if sinks is None else torch.logaddexp(near, sinks)
-            picked = self.pick(store, Far(rows, count, there, near), score)
-            beside = picked.beside
+            far = Far(rows.unflatten(0, (b, g)), count, there, torch.cat(parts, -1) if len(parts) > 1 else s)
+            picked = self.pick(store, far, score)
+            if picked.beside is not None:
+                parts.append(picked.beside[..., None])
+                sizes[1] += 1
             if picked.blocks.shape[-1]:
-                far = store.gather(store.keys, picked.blocks).to(rows.dtype)
-                s = score.cap((rows.reshape(b, h, 1, -1) @ far.mT)[:, :, 0] * scale)
+                keys = store.gather(store.keys, picked.blocks).to(rows.dtype)
+                s = score.cap(torch.bmm(keys, rows.reshape(b * h, -1, 1)).view(b, h, -1) * scale)
                 if picked.live is not None:
                     s = s.masked_fill_(~picked.live.repeat_interleave(self.block, -1), float("-inf"))
                 far_values = store.gather(store.values, picked.blocks).to(rows.dtype)
                 parts.append(s)
-        total = torch.cat(parts, -1).logsumexp(-1)
-        for extra in (sinks, beside):
-            total = total if extra is None else torch.logaddexp(total, extra)
-        weights = [(part - total[..., None]).exp() for part in parts]
+                sizes[2] = s.shape[-1]
+        weights = torch.cat(parts, -1).softmax(-1)
         if hidden is not None:  # rows without a token
-            weights = [w.nan_to_num_(0.0) for w in weights]
-        o = (weights[0].view(b, g, h // g, -1) @ v.to(rows.dtype)).view(b, h, -1)
+            weights = weights.nan_to_num_(0.0)
+        own, _, chosen = weights.split(sizes, -1)
+        o = torch.bmm(own.reshape(b * g, h // g, -1), v.flatten(0, 1).to(rows.dtype)).view(b * h, 1, -1)
         if far_values is not None:
-            o += (weights[1][:, :, None] @ far_values)[:, :, 0]
-        return o[:, :, None].to(dtype)
+            o = torch.baddbmm(o, chosen.reshape(b * h, 1, -1), far_values)
+        return o.view(b, h, 1, -1).to(dtype)
 
     def _near(self, store: BlockStore, n: Lengths, reach: int) -> tuple[Tensor, Tensor, Tensor | None, Lengths]:
         """Keys and values of the query's own block and `reach` before it, which of them are not there ([b 1 m] bool,

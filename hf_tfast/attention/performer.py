@@ -26,9 +26,12 @@ import torch
 from torch import Tensor
 
 from ..backends.draws import uniform
+from ..backends.running import Running
 from ..backends.scan import State, absorb, feature_attention, read
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
+
+PAIRS = 2**13  # of a query and a recent slot in a step: so many are cheaper one by one than as a scan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,60 @@ class Performer(Mechanism):
         """Attention of q [b h i d] over every key in `state`, without gradient: the decoding step. [b h i e]"""
         refuse_softcap(self.name, score)
         return with_sinks(*read(state, q, self.directions(q, score), score.factor(q.shape[-1])), score.sinks)
+
+    def store(self) -> Running:
+        """An empty running state, for a cache."""
+        return Running()
+
+    def remember(self, store: Running, q: Tensor, k: Tensor, v: Tensor, score: Score, new: Tensor | None) -> None:
+        refuse_softcap(self.name, score)
+        store.append(k, v, (self.directions(q, score), score.factor(k.shape[-1])), new)
+
+    @torch.no_grad()
+    def resume(self, store: Running, q: Tensor, score: Score, new: Tensor | None) -> Tensor:
+        """What the state gives and what the slots give that it does not hold yet, merged by their sums of weights."""
+        w, scale = self.directions(q, score), score.factor(q.shape[-1])
+        if store.keys is None or store.values is None:
+            raise ValueError("nothing is stored yet: remember keys and values first")
+        o, lse = self._recent(q, store.keys, store.values, store.there, (w, scale))
+        if store.state is not None:
+            past, before = read(store.state, q.to(w.dtype), w, scale)
+            total = torch.logaddexp(lse, before)
+            o = o * (lse - total).exp()[..., None] + past * (before - total).exp()[..., None]
+            lse = total
+        o = with_sinks(o, lse, score.sinks)
+        return (o if new is None else o.masked_fill(~new[:, None, :, None], 0.0)).to(q.dtype)
+
+    def expected(self, store: Running, q: Tensor, score: Score, new: Tensor | None) -> None:
+        """A running state no longer tells its keys."""
+
+    def _recent(
+        self, q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, features: tuple[Tensor, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of q [b h i d] over the keys `there` [b m] of the last m slots -> [b h i e], [b h i]."""
+        (b, h, i, _), (g, m), (w, scale) = q.shape, k.shape[1:3], features
+        if i * m > PAIRS and there is None:
+            o, lse = feature_attention(q, k, v, w, scale, causal=True)
+            return o.to(w.dtype), lse
+        if i * m > PAIRS and b > 1:
+            rows = (slice(n, n + 1) for n in range(b))
+            parts = [self._recent(q[r], k[r], v[r], there[r], features) for r in rows]  # type: ignore[index]
+            return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts])
+        if i * m > PAIRS:
+            at = there[0].nonzero()[:, 0]  # type: ignore[index]
+            own = at[at >= m - i] - (m - i)
+            part, mass = self._recent(q[:, :, own], k[:, :, at], v[:, :, at], None, features)
+            o, lse = part.new_zeros(1, h, i, v.shape[-1]), mass.new_full((1, h, i), float("-inf"))
+            o[:, :, own], lse[:, :, own] = part, mass
+            return o, lse
+        k, v = (x.repeat_interleave(h // g, 1) for x in (k, v))
+        slots = torch.arange(m, device=q.device)
+        hidden = slots > slots[m - i :, None]
+        if there is not None:
+            hidden = hidden | ~there[:, None, None]
+        logits = estimated_logits(q, k, w, scale).masked_fill_(hidden, float("-inf"))
+        lse = logits.logsumexp(-1)
+        return (logits - lse[..., None]).exp().nan_to_num_(0.0) @ v.to(w.dtype), lse
 
     def directions(self, q: Tensor, score: Score) -> Tensor:
         """[h features d]: w_r of every query head of this call."""

@@ -171,7 +171,7 @@ class Threshold(Stepped, Chosen):
         else:
             each = score.cap(-store.highest(-q, far.count))
         mass = far.heads(each + log(self.block))
-        whole_mass = torch.logaddexp(far.near, mass.logsumexp(-1))
+        whole_mass = torch.logaddexp(far.near.logsumexp(-1), mass.logsumexp(-1))
         least = log(self.tau) if self.tau else -torch.inf
         read = highest >= (whole_mass + least)[..., None]
         read = read if far.there is None else read & far.there

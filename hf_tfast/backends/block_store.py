@@ -7,7 +7,7 @@ from .growing import Change, Growing, Lengths, longer, places
 
 
 class BlockStore:
-    """Tokens [b g . d] of one layer, each row from its own first token on, in blocks of `block` positions; no gradient.
+    """Tokens [b g . d] of one layer, each row from its own first token on, in blocks of `block` slots; no gradient.
 
     boxes   [b g n 2d] in at least fp32, of every complete block: the middle and half the width of the box that holds
             its keys (Tang et al., "Quest", section 3.2, https://arxiv.org/abs/2406.10774).
@@ -40,6 +40,9 @@ class BlockStore:
     def most_back(self) -> None:
         """Any number of slots can be taken back."""
 
+    def settle(self) -> None:
+        """Nothing is kept longer than needed."""
+
     def take_back(self, slots: int, lengths: Lengths) -> None:
         """Forget the last `slots` slots, so that the rows hold `lengths` tokens."""
         self.lengths = lengths  # a box is written anew when its block is complete again
@@ -52,15 +55,18 @@ class BlockStore:
 
     def highest(self, q: Tensor, blocks: int) -> Tensor:
         """[b g m n]: no key of block n has a larger q . k, for q [b g m d] in the dtype of the boxes."""
-        return torch.cat([q, q.abs()], -1) @ self.boxes.first(blocks).mT
+        boxes = self.boxes.first(blocks).flatten(0, 1)
+        return torch.bmm(torch.cat([q, q.abs()], -1).flatten(0, 1), boxes.mT).unflatten(0, q.shape[:2])
 
     def gather(self, of: Growing, blocks: Tensor) -> Tensor:
-        """[b h n*block w]: the keys or values of the blocks [b h n] int64; no others are read."""
+        """[b*h n*block w]: the keys or values of the blocks [b h n] int64; no others are read."""
         b, g, room, w = of.held.shape
         h, n = blocks.shape[1:]
-        units = torch.arange(b * g, device=blocks.device).view(b, g, 1).expand(-1, -1, h // g).reshape(b, h, 1)
-        rows = (units * (room // self.block) + blocks).flatten()
-        return of.held.reshape(-1, self.block * w).index_select(0, rows).view(b, h, n * self.block, w)
+        if b * g > 1:
+            unit = torch.arange(0, b * g * room, room, device=blocks.device) // self.block
+            blocks = blocks + unit.repeat_interleave(h // g).view(b, h, 1)
+        rows = of.held.view(-1, self.block * w).index_select(0, blocks.flatten())
+        return rows.view(b * h, n * self.block, w)
 
     def _growing(self) -> list[Growing]:
         return [self.keys, self.values, self.boxes] + ([] if self.means is None else [self.means])
@@ -74,11 +80,11 @@ class BlockStore:
                 self._write(keys.unflatten(2, (-1, self.block)), first)
             return
         held = self.keys.held
-        first, last = (torch.as_tensor(x, device=held.device).expand(len(held)) // self.block for x in (before, after))
-        most = int((last - first).max())
+        begin, end = (torch.as_tensor(x, device=held.device).expand(len(held)) // self.block for x in (before, after))
+        most = int((end - begin).max())
         if most > 0:
-            at = first[:, None] + torch.arange(most, device=held.device)
-            at = at.where(at < last[:, None], -1)
+            at = begin[:, None] + torch.arange(most, device=held.device)
+            at = at.where(at < end[:, None], -1)
             rows = torch.arange(len(held), device=held.device)[:, None]
             keys = held.unflatten(2, (-1, self.block))[rows, :, at.clamp(min=0)]  # [b n g block d]
             self._write(keys.transpose(1, 2), at)

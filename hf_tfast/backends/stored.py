@@ -95,7 +95,7 @@ class Stored:
     def nbytes(self) -> int:
         """Bytes of everything kept: codes, scales, means, the sum, recent keys, and the room for more."""
         notes = [x for x in (self.sum, self.recent, self.lengths) if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in (*self._growing(), *notes))
+        return sum(x.nbytes for x in notes) + sum(growing.nbytes for growing in self._growing())
 
     def append(self, k: Tensor, v: Tensor, new: Tensor | None = None) -> None:
         """Store keys k [b g m d] and values v [b g m e], the next m slots, of which those in `new` [b m] hold tokens;
@@ -110,6 +110,9 @@ class Stored:
 
     def most_back(self) -> None:
         """Any number of slots can be taken back."""
+
+    def settle(self) -> None:
+        """Nothing is kept longer than needed."""
 
     def take_back(self, slots: int, lengths: Lengths) -> None:
         """Forget the last `slots` slots, so that the rows hold `lengths` tokens."""

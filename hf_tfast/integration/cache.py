@@ -100,8 +100,8 @@ def _made(mechanism: Mechanism) -> OwnLayer | None:
     """A new cache layer for a mechanism; None where all keys and values are needed as they are."""
     if isinstance(mechanism, Window):
         return WindowLayer(mechanism)
-    store = mechanism.store() if isinstance(mechanism, Cached) else None
-    return None if store is None else StoreLayer(mechanism, store)
+    kept = mechanism.store() if isinstance(mechanism, Cached) else None
+    return None if kept is None else StoreLayer(mechanism)
 
 
 def _is_dense(value: Any) -> bool:

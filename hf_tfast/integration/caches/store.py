@@ -23,14 +23,17 @@ __all__ = ["StoreLayer"]
 class StoreLayer(OwnLayer):
     """One layer's tokens as the mechanism's own store holds them, instead of keys and values."""
 
-    store: Store
-
-    def __init__(self, mechanism: Mechanism, store: Store) -> None:
+    def __init__(self, mechanism: Mechanism) -> None:
         super().__init__(mechanism)
-        self._clear(store)
+        self.cached: Cached = mechanism  # type: ignore[assignment]
+        self._clear()
 
-    def _clear(self, store: Store) -> None:
-        self.store, self.seen, self.fresh = store, 0, 0
+    def _clear(self) -> None:
+        store = self.cached.store()
+        if store is None:
+            raise ValueError(f"{self.mechanism} needs all keys and values as they are: use a DynamicLayer")
+        self.store: Store = store
+        self.seen = self.fresh = 0
         self.lengths: Lengths = 0  # tokens of each row
         self.new: Tensor | None = None  # [b fresh] which of the fresh slots hold tokens; None: all
         self.cropped: int | None = None  # slots taken back since the last call, if `crop` was called
@@ -72,12 +75,8 @@ class StoreLayer(OwnLayer):
         return None if row is None else replace(row, mask=Mask(valid=self.new), keys=fresh)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, mask: Mask, score: Score) -> Tensor:
-        if (
-            k.shape[2] != self.fresh
-            or q.shape[2] != self.fresh
-            or not mask.causal
-            or not isinstance(mechanism, Cached)
-        ):
+        meant = q.shape[2] == k.shape[2] == self.fresh and mask.causal and mechanism == self.mechanism
+        if not meant:
             raise ValueError(
                 f"a {self.mechanism.name} cache serves causal self-attention over the keys as they were given to it, "
                 f"but {q.shape[2]} queries came with {k.shape[2]} keys, causal={mask.causal}, after {self.fresh} were "
@@ -86,9 +85,10 @@ class StoreLayer(OwnLayer):
         first, self.fresh, self.store.recording = self.seen == k.shape[2], 0, self.record_past
         o = attend(q, k, v, mechanism, mask, score) if first else None
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            mechanism.remember(self.store, q, k, v, score, self.new)
+            self.cached.remember(self.store, q, k, v, score, self.new)
             if o is None:
-                o = mechanism.resume(self.store, q, score, self.new)
+                o = self.cached.resume(self.store, q, score, self.new)
+            self.store.settle()
         if not first and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             o = _NoGradient.apply(o, mechanism.name, q, k, v)
         return o
@@ -99,7 +99,7 @@ class StoreLayer(OwnLayer):
         if self.seen == k.shape[2]:
             return super().expected(q, k, v, mechanism, mask, score)
         with torch.no_grad():
-            return mechanism.expected(self.store, q, score, self.new) if isinstance(mechanism, Cached) else None
+            return self.cached.expected(self.store, q, score, self.new)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens (a number below 0, as in Transformers)."""
@@ -119,7 +119,7 @@ class StoreLayer(OwnLayer):
 
     def reset(self) -> None:
         self.is_initialized = False
-        self._clear(self.mechanism.store())  # type: ignore[attr-defined]
+        self._clear()
 
     def change_rows(self, change: Change) -> None:
         if self.is_initialized:

@@ -7,7 +7,7 @@ lies. A step reads as many keys at any length.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,22 @@ from ._own import OwnLayer, any_of
 __all__ = ["ROLLBACK", "WindowLayer"]
 
 ROLLBACK = 32  # tokens that `crop` can take back without activate_past_recording; assisted generation drafts up to 20
+
+
+SPARE = 8  # the room holds one slot in so many more than needed: stored keys are copied once in n / SPARE steps
+
+
+class _Room(NamedTuple):
+    """Where rows move on: `both` keys and values [b g room .]; `keys` is the view of them that ends at slot `stop`."""
+
+    both: tuple[Tensor, ...]
+    keys: Tensor
+    stop: int
+
+    def free(self, keys: Tensor) -> bool:
+        """Can `keys` move on here?"""
+        writable = torch.is_inference_mode_enabled() or not self.both[0].is_inference()
+        return keys is self.keys and self.stop < self.both[0].shape[2] and writable
 
 
 class WindowLayer(OwnLayer):
@@ -43,6 +59,7 @@ class WindowLayer(OwnLayer):
         self.seen = self.fresh = 0
         self.dropped: int | Tensor = 0  # [b] where rows differ
         self.position: Tensor | None = None
+        self._room: _Room | None = None
 
     @property
     def recent(self) -> int:
@@ -53,12 +70,44 @@ class WindowLayer(OwnLayer):
         self.check_update()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.fresh, graph = key_states.shape[2], torch.is_grad_enabled() and key_states.requires_grad
+        if self.fresh == 1 and self.seen and self.position is None and not self.record_past and not graph:
+            self._slide(key_states, value_states)
+            self.seen += 1
+            return self.keys, self.values
         parts = [] if not self.seen else [slice(None)] if self.record_past else self._drop()
         self.keys = torch.cat([*(self.keys[:, :, part] for part in parts), key_states], dim=2)
         self.values = torch.cat([*(self.values[:, :, part] for part in parts), value_states], dim=2)
-        self.fresh = key_states.shape[2]
         self.seen += self.fresh
         return self.keys, self.values
+
+    def _slide(self, k: Tensor, v: Tensor) -> None:
+        """Add one token to full rows in place: a row moves on through its room, and takes its sinks along."""
+        n, most = self.keys.shape[2], self.sinks + self.recent
+        gone = max(n - most, 0)
+        if self._room is None or not self._room.free(self.keys):
+            size = n + 1 + n // SPARE
+            both = tuple(x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (self.keys, self.values))
+            for room, x in zip(both, (self.keys, self.values), strict=True):
+                room[:, :, :n] = x
+            self._room = _Room(both, self.keys, n)
+        stop, start = self._room.stop + 1, self._room.stop - n + gone
+        for room, x in zip(self._room.both, (k, v), strict=True):
+            if gone and self.sinks:
+                room[:, :, start : start + self.sinks] = room[:, :, start - gone : start - gone + self.sinks].clone()
+            room[:, :, stop - 1 : stop] = x
+        self.keys, self.values = (room[:, :, start:stop] for room in self._room.both)
+        self._room = _Room(self._room.both, self.keys, stop)
+        self.dropped = self.dropped + gone
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and positions, and of the room for more."""
+        if not self.is_initialized:
+            return 0
+        roomy = self._room is not None and self._room.keys is self.keys
+        held = [*(self._room.both if roomy else (self.keys, self.values)), self.position, self.dropped]  # type: ignore[union-attr]
+        return sum(x.nbytes for x in held if isinstance(x, Tensor))
 
     @property
     def span(self) -> int:

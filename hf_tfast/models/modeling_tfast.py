@@ -131,6 +131,7 @@ class TFastModel(TFastPreTrainedModel):
                 "torch.export cannot trace fast attention, which cuts rows by where their padding lies: export "
                 "model.set_attn_implementation('sdpa'), which runs the same weights densely"
             )
+        kwargs = {**cast(dict, kwargs).pop("kwargs", {}), **kwargs}  # type: ignore[assignment]  # pipeline stages nest them
         causal = kwargs.get("is_causal")
         causal = self.config.causal if causal is None else bool(causal)
         if past_key_values is not None and not causal:
@@ -146,7 +147,9 @@ class TFastModel(TFastPreTrainedModel):
             position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
         documents = documents_of(attention_mask, packed) if self.config.nystrom_kernel is not None else None
         mask = self._mask(causal, inputs_embeds, attention_mask, past_key_values, packed)
-        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        hidden_states = inputs_embeds
+        if isinstance(self.layers[0], TFastLayer):  # not a later pipeline stage, which is given states of layers
+            hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         rotary = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(

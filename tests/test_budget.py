@@ -16,6 +16,8 @@ EXCEPTIONS = {
         "cli.py::inspect": COMMAND,
         "cli.py::quickstart": COMMAND,
         "models/modeling_tfast.py::TFastForCausalLM.forward": "the inputs that Transformers gives to a decoder",
+        "models/modeling_tfast_seq2seq.py::TFastForConditionalGeneration.forward": "the inputs of encoder-decoders",
+        "models/modeling_tfast_seq2seq.py::TFastSeq2SeqModel.forward": "the inputs of encoder-decoders",
         "integration/masks.py::key_row": "the signature of a mask function is Transformers' own",
     },
     "lines": {},

@@ -3,11 +3,23 @@
 # ///
 r"""Train a causal TFast model from scratch and let it speak; or several mechanisms on the same data, side by side.
 
-By default it reads the sources and documentation of the running Python; --text takes files, globs and folders,
---dataset a data set of the Hub. One model:
+By default it reads the sources and documentation of the running Python in tokens learned in the run; --text takes
+files, globs and folders, --dataset a data set of the Hub. One model (4 layers, 256 wide, 2048 tokens):
 
-    accelerate launch --cpu --num_processes 1 recipes/pretrain_clm.py \
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/pretrain_clm.py \
         --attention '{"mechanism": "window", "window": 256}' --output_dir runs/clm-window
+
+Three on the same data and seed, with one table (loss, loss of tokens that last occurred more than --far tokens ago,
+tokens/s, memory) and their curves:
+
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/pretrain_clm.py \
+        --compare dense '{"mechanism": "window", "window": 256}' \
+                  '{"mechanism": "hashed", "bits": 5, "rounds": 2, "cap": 64, "window": 128}' \
+        --max_steps 1000 --validation_sequences 24 --output_dir runs/pretrain_clm \
+        --report docs/results/pretrain_clm --resume_from_checkpoint last
+
+Expected: docs/results/pretrain_clm/table.md; about 25 minutes on 2 cores with AVX-512 BF16, below 10 a model. Stopped
+and started again, the same command goes on at the last checkpoint, and keeps the models that are done.
 """
 
 from transformers import HfArgumentParser

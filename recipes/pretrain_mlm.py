@@ -3,8 +3,15 @@
 # ///
 r"""Train a two-way TFast model to fill in masked tokens; or several mechanisms on the same data, side by side.
 
-    accelerate launch --cpu --num_processes 1 recipes/pretrain_mlm.py \
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/pretrain_mlm.py \
         --attention '{"mechanism": "window", "window": 128}' --output_dir runs/mlm-window
+
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/pretrain_mlm.py \
+        --compare dense '{"mechanism": "window", "window": 128}' --max_steps 250 --validation_sequences 12 \
+        --output_dir runs/pretrain_mlm --report docs/results/pretrain_mlm --resume_from_checkpoint last
+
+Expected of the second: docs/results/pretrain_mlm/table.md; about 5 minutes on 2 cores with AVX-512 BF16. Texts, tokens
+and options are those of pretrain_clm.py.
 """
 
 from transformers import HfArgumentParser

@@ -33,7 +33,7 @@ def table(records: Sequence[Record]) -> str:
     """Markdown: one row a model, and below it what was trained on what."""
     two_way = "eval_accuracy" in records[0]["final"]
     columns = ["attention", "loss", "perplexity", "accuracy" if two_way else "bits per byte"]
-    columns += ["loss near", "loss far", "loss new", "tokens/s", "seconds", "peak MiB"]
+    columns += ["loss near", "loss far", "loss new", "tokens/s", "seconds", "MiB a step"]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     for record in records:
         final = record["final"]
@@ -42,7 +42,7 @@ def table(records: Sequence[Record]) -> str:
         quality += [final.get(f"eval_loss_{name}") for name in ("near", "far", "new")]
         cells = ["-" if x is None else f"{x:.3f}" for x in quality]
         cells += [f"{record['tokens_per_second']:,.0f}", f"{record['training_seconds']:.0f}"]
-        cells.append(f"{record['peak_bytes'] / 2**20:,.0f}")
+        cells.append(f"{record['step_peak_bytes'] / 2**20:,.0f}")
         lines.append("| " + " | ".join([label(record), *cells]) + " |")
     return "\n".join([*lines, "", *_foot(records)])
 
@@ -61,8 +61,8 @@ def _foot(records: Sequence[Record]) -> list[str]:
         f"Losses are nats per token on {final['eval_targets']:,.0f} targets of held-out documents. Far: the "
         f"{side} of {occurrence} in the same document lies more than {data['far']} tokens away; new: there is none. "
         f"Targets: {shares}.",
-        "Seconds and tokens/s count steps of training alone; peak memory is what training needed above what was held "
-        f"before it. Processor in use right after a training: {min(loads):.0%} to {max(loads):.0%}.",
+        "Seconds and tokens/s count steps of training alone; MiB a step are the peak of one forward and backward "
+        f"above weights and optimiser. Processor in use right after a training: {min(loads):.0%} to {max(loads):.0%}.",
         f"Machine: {describe(first['environment'])}.",
         f"Command: `{first['environment']['command']}`",
     ]

@@ -20,7 +20,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..benchmarking.environment import environment
 from ..benchmarking.folder import check_new, new_folder
-from ..benchmarking.memory import peak_memory
 from ..models.configuration_tfast import TFastConfig
 from ..models.modeling_tfast import TFastForCausalLM, TFastForMaskedLM
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, read_attention
@@ -135,8 +134,9 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
         processing_class=tokenizer,
     )
     start = _checkpoint(args, checkpoints)
-    peak = peak_memory(lambda: trainer.train(resume_from_checkpoint=start), args.device)
+    trainer.train(resume_from_checkpoint=start)
     final = _last_evaluation(trainer) or trainer.evaluate()
+    peak = trainer.step_memory()
     config.use_cache = not two_way  # Trainer has switched it off for training
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     record: Record = {}
@@ -151,7 +151,7 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
             "training_seconds": trainer.clock.seconds,
             "tokens_seen": trainer.state.num_input_tokens_seen,
             "steps": trainer.state.global_step,
-            "peak_bytes": peak.bytes,
+            "step_peak_bytes": peak,
             "parameters": model.num_parameters(),
             "resumed_at": None if start is None else int(Path(start).name.rsplit("-", 1)[1]),
             "sample": sample(place / "model", data.sample, args, two_way),

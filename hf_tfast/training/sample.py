@@ -1,5 +1,6 @@
 """What the saved model says, loaded again as any user loads it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,5 +67,7 @@ def _fitting(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _masked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The same, with the word in the middle masked."""
-    words = _fitting(text, tokenizer).split(" ")
-    return " ".join([*words[: len(words) // 2], tokenizer.mask_token, *words[len(words) // 2 + 1 :]])
+    fitting = _fitting(text, tokenizer)
+    words = list(re.finditer(r"\w+", fitting))
+    start, end = words[len(words) // 2].span() if words else (0, len(fitting))
+    return fitting[:start] + tokenizer.mask_token + fitting[end:]

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BEGIN, END, MASK = SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|mask|>")
 LEAST = len(SPECIAL) + 256
+ADDED = [AddedToken(token, special=True, normalized=False, lstrip=token == MASK) for token in SPECIAL]
+# tokens hold the space in front of their word, and so does a mask: "a <|mask|> word" hides one token
 
 
 def byte_tokenizer(length: int, two_way: bool = False) -> PreTrainedTokenizerFast:
@@ -42,7 +44,7 @@ def learned_tokenizer(
         vocab_size=vocabulary,
         min_frequency=2,
         show_progress=False,
-        special_tokens=list(SPECIAL),
+        special_tokens=ADDED,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -51,7 +53,7 @@ def learned_tokenizer(
 
 def _finished(tokenizer: Tokenizer, length: int, two_way: bool) -> PreTrainedTokenizerFast:
     """Special tokens, the frame that training gives every document, and decoding."""
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(ADDED)
     tokenizer.decoder = decoders.ByteLevel()
     frame = f"{BEGIN} $A {END}" if two_way else f"{BEGIN} $A"  # a prompt is a document that has not ended
     ids = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)]
@@ -61,7 +63,7 @@ def _finished(tokenizer: Tokenizer, length: int, two_way: bool) -> PreTrainedTok
         pad_token=PAD,
         bos_token=BEGIN,
         eos_token=END,
-        mask_token=MASK,
+        mask_token=ADDED[SPECIAL.index(MASK)],
         model_max_length=length,
         padding_side="right" if two_way else "left",
         clean_up_tokenization_spaces=False,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..benchmarking.memory import peak_memory
 from .evaluation import Evaluation, Sums
 from .packing import collate
 
@@ -96,6 +97,26 @@ class PretrainingTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def step_memory(self) -> int:
+        """Bytes that one more forward and backward need at their peak above what is held: activations and gradients.
+
+        Measured after training, when all that is allocated once is there, and without touching weights.
+        """
+        model = self.model_wrapped.train()
+        rows = [self.train_dataset[n] for n in range(self.args.train_batch_size)]  # type: ignore[index]
+        batch = {name: x.to(self.args.device) for name, x in collate(rows).items()}
+
+        def step() -> None:
+            with self.accelerator.autocast():
+                loss = model(**batch).loss
+            loss.backward()
+
+        step()
+        model.zero_grad()
+        peak = peak_memory(step, self.args.device)
+        model.zero_grad()
+        return peak.bytes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": round(self.clock.seconds, 3)}, start_time)

@@ -38,7 +38,7 @@ def test_shares(packed, share):
     assert torch.equal(batch["labels"][chosen], packed.ids[chosen].long())
     replaced = ids[chosen & (ids != 3) & (ids != packed.ids)]
     assert int(replaced.amin()) > 3
-    assert len(replaced.unique()) > 250, "any token of text may replace"
+    assert len(replaced.unique()) > 225, "any token of text may replace"
 
 
 def test_places_are_spread_evenly(packed):

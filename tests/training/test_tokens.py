@@ -58,6 +58,7 @@ def test_reloads(tokenizer, tmp_path):
     assert encode(again, TEXTS) == encode(tokenizer, TEXTS)
     assert again(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
     assert (again.pad_token_id, again.mask_token_id, len(again)) == (0, 3, len(tokenizer))
+    assert again(f"a {MASK} b")["input_ids"] == tokenizer(f"a {MASK} b")["input_ids"]
     assert set(again("x")) == {"input_ids", "attention_mask"}
     assert (again.padding_side, again.model_max_length) == (tokenizer.padding_side, 64)
     known_tokenizer(tmp_path)
@@ -68,6 +69,15 @@ def test_frames():
     assert KINDS["learned"]("x")["input_ids"][-1] != 2, "a prompt goes on"
     assert [KINDS["two_way"]("x")["input_ids"][n] for n in (0, -1)] == [1, 2]
     assert encode(KINDS["learned"], ["x"]) == [KINDS["two_way"]("x")["input_ids"]]
+
+
+@kinds
+def test_a_mask_hides_one_token(tokenizer):
+    """The space before a word belongs to its token, so the mask takes it along, also after reloading."""
+    ids = tokenizer(f"window {MASK} query")["input_ids"]
+    spelled = tokenizer.decode(ids, skip_special_tokens=True)
+    assert ids.count(3) == 1
+    assert spelled == "window query"
 
 
 def test_too_small_a_vocabulary():

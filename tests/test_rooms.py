@@ -15,7 +15,7 @@ ROOMS = {  # room: the rooms it may import; a room that is missing here fails te
     "models": {"integration", "attention", "backends", "feed_forward", "positions"},
     "testing": {"attention", "backends", "feed_forward"},
     "benchmarking": {"models", "integration", "attention", "backends", "feed_forward", "positions"},
-    "compression": {"models", "integration", "attention", "backends", "feed_forward", "positions"},
+    "compression": {"benchmarking", "models", "integration", "attention", "backends", "feed_forward", "positions"},
     "distillation": {"compression", "models", "integration", "attention", "backends", "feed_forward", "positions"},
     "parallel": {"models", "integration", "attention", "backends", "feed_forward", "positions"},
     "planner": {"benchmarking", "models", "integration", "attention", "backends", "feed_forward", "positions"},

@@ -58,6 +58,9 @@ class Pruned(Form):
     def calibrated(self) -> bool:
         return self.method == "activation" or self.recover
 
+    def reads(self, block: Block) -> tuple[str, ...]:
+        return (block.down,) if self.calibrated else ()
+
     def apply(self, block: Block, size: Size | None = None, moments: dict[str, Moments] | None = None) -> Size:
         layers = {path: block.get(path) for path in block.paths}
         weights = {path: weight_of(layer, path) for path, layer in layers.items()}

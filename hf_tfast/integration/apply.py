@@ -33,6 +33,12 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
     for one that is sharded, offloaded or on meta. A plan with SVD on causal layers is applied first and calibrated
     then, `calibrate(model, batches)`: until that the model neither runs nor saves.
     """
+    check_new_plan(model, plan)
+    return put_plan(model, plan)
+
+
+def check_new_plan(model: PreTrainedModel, plan: FastPlan) -> None:
+    """ValueError unless `model` is whole, dense and Transformers' own, and `plan` a plan."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"expected a Transformers model, got {type(model).__name__}; unwrap it first")
     if not isinstance(plan, FastPlan):
@@ -43,7 +49,6 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
             "call remove_plan(model) first, or start from the dense checkpoint"
         )
     check_whole(model)
-    return put_plan(model, plan)
 
 
 def put_plan(model: PreTrainedModel, plan: FastPlan, moments: dict[str, Moments] | None = None) -> PreTrainedModel:
@@ -72,14 +77,22 @@ def remove_plan(model: PreTrainedModel, *, attention_only: bool = False) -> PreT
         raise ValueError(f"this {type(model).__name__} has no plan to remove")
     if plan.every_form and not attention_only:
         restore_forms(model, plan)
-    if plan.attention is not None:
-        _remove_attention(model)
     if plan.every_form and attention_only:
+        if plan.attention is not None:
+            _remove_attention(model)
         rest = {name: value for name, value in plan.to_dict().items() if name != "attention"}
         quantizer: Any = model.hf_quantizer
         quantizer.quantization_config = FastPlan.from_dict(rest)
         attach(model, quantizer, NAME)
         return model
+    take_off(model)
+    return model
+
+
+def take_off(model: PreTrainedModel) -> None:
+    """Take everything of a plan off but the feed-forwards, whatever they are now."""
+    if model.config.quantization_config.attention is not None:
+        _remove_attention(model)
     del model.config.quantization_config
     for holder, name in (
         (model.config, "attn_implementation"),
@@ -88,7 +101,6 @@ def remove_plan(model: PreTrainedModel, *, attention_only: bool = False) -> PreT
     ):
         if name in vars(holder):
             delattr(holder, name)
-    return model
 
 
 def _remove_attention(model: PreTrainedModel) -> None:

@@ -1,0 +1,61 @@
+"""A converted model and what it was made from, in one: either can be put in place, to be compared in turns."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention.dense import Dense
+from ..integration._stamps import set_stamp, stamped_modules
+
+__all__ = ["Twin"]
+
+
+class Twin:
+    """`before` are the modules of the dense model by path. `changed`: the paths at which conversion put others."""
+
+    def __init__(self, model: PreTrainedModel, before: dict[str, nn.Module]) -> None:
+        self.model = model
+        after = dict(model.named_modules())
+        other = {path for path in {**before, **after} if before.get(path) is not after.get(path)}
+        self.changed = sorted(path for path in other if not any(above in other for above in _above(path)))
+        self._before = {path: before.get(path) for path in self.changed}
+        self._after = {path: after.get(path) for path in self.changed}
+        self._stamps = stamped_modules(model)
+
+    def check(self, allowed: Iterable[str]) -> None:
+        """ValueError where a module was replaced, added or taken away that the plan does not name."""
+        known = set(allowed)
+        if stray := [path for path in self.changed if path not in known]:
+            was, now = (type(modules[stray[0]]).__name__ for modules in (self._before, self._after))
+            raise ValueError(
+                f"conversion changed {stray[0]} from {was} to {now}, which the plan does not name "
+                f"({len(stray)} in all)"
+            )
+
+    def dense(self) -> None:
+        """Put the dense feed-forwards and dense attention in place."""
+        self._put(self._before)
+        for module, stamp in self._stamps:
+            set_stamp(module, replace(stamp, mechanism=Dense()))
+
+    def converted(self) -> None:
+        self._put(self._after)
+        for module, stamp in self._stamps:
+            set_stamp(module, stamp)
+
+    def _put(self, modules: dict[str, nn.Module | None]) -> None:
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            if module is None:
+                owner._modules.pop(name, None)
+            else:
+                owner._modules[name] = module
+
+
+def _above(path: str) -> list[str]:
+    """Every module around a path: "a.b.c" -> ["a", "a.b"]."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]

@@ -44,7 +44,10 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class Watch(TrainerCallback):
-    """Before weights are touched: are all gradients finite? And tells the rows which epoch it is."""
+    """Before weights are touched: are all gradients finite?
+
+    And tells the rows which epoch it is: accelerate does so in a single process, of several it tells the sampler only.
+    """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:  # its scaler skips such steps by itself

@@ -7,7 +7,9 @@ import torch
 
 from hf_tfast.training.masking import MaskedRows
 from hf_tfast.training.packing import IGNORED, collate, pack
+from hf_tfast.training.run import pretrain
 from hf_tfast.training.tokens import byte_tokenizer
+from tests.training.tiny import arguments, write_texts
 
 TOKENIZER = byte_tokenizer(256)
 
@@ -80,3 +82,23 @@ def test_a_tokenizer_without_a_mask(packed):
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="no mask token"):
         MaskedRows(packed, tokenizer)
+
+
+def test_a_training_draws_every_epoch_anew(tmp_path, monkeypatch):
+    """Which rows a training reads, and in which epoch it takes them to be: each once an epoch."""
+    read, plain = [], MaskedRows.__getitem__
+
+    def spied(self, n):
+        if len(self) > 3:
+            read.append((self.epoch, n))
+        return plain(self, n)
+
+    texts = write_texts(tmp_path / "texts", count=6, words=20)
+    given = arguments(texts, tmp_path / "out", max_steps=-1, num_train_epochs=3, eval_strategy="no",
+                      per_device_train_batch_size=4)  # fmt: skip
+    monkeypatch.setattr(MaskedRows, "__getitem__", spied)
+    (record,) = pretrain(*given, two_way=True)
+    rows = record["data"]["train"]["sequences"]
+    drawn = read[: 3 * rows]
+    assert sorted(drawn) == [(epoch, n) for epoch in range(3) for n in range(rows)]
+    assert [epoch for epoch, _ in drawn] == sorted(epoch for epoch, _ in drawn)

@@ -24,6 +24,7 @@ _HOMES = {
     "hf_tfast.hub.share": ("push", "save"),
     "hf_tfast.compression": ("convert",),
     "hf_tfast.feed_forward.activation": ("Activation",),
+    "hf_tfast.feed_forward.int8": ("Int8",),
     "hf_tfast.feed_forward.low_rank": ("LowRank",),
     "hf_tfast.feed_forward.pruned": ("Pruned",),
     "hf_tfast.feed_forward.tensor_train": ("TensorTrain",),

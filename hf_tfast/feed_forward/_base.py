@@ -94,6 +94,9 @@ class Form:
         """
         raise NotImplementedError
 
+    def finish(self, block: Block) -> None:
+        """Called once the weights are there, after conversion and after a checkpoint was loaded."""
+
     def restore(self, block: Block) -> None:
         """Put the layers back that `apply` found."""
         raise NotImplementedError(f"{type(self).__name__} has thrown the dense weights away")

@@ -100,6 +100,8 @@ class ActivationQuantized(nn.Module):
         if not is_linear(linear):
             raise ValueError(f"expected a plain linear layer, got {type(linear).__name__}")
         self.levels, self.linear = levels, linear
+        self.in_features, self.out_features = weight_of(linear).shape[::-1]
+        self.integers = False  # does the layer multiply the codes themselves?
 
     @property
     def weight(self) -> Tensor:
@@ -110,6 +112,8 @@ class ActivationQuantized(nn.Module):
         return self.linear.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.integers:
+            return self.linear(self.levels(x), step_of(self.levels))
         return self.linear(self.levels(x))
 
 

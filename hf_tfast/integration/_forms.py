@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..feed_forward import Block, Form, Moments
+from ..feed_forward._fused import unfuse
 from ._feed_forwards import feed_forwards
 from ._modules import Found, Survey, survey
 from ._ranges import check_layers, names_of, planned_stacks
@@ -51,7 +52,9 @@ def make_forms(
 
     def undo() -> None:
         for block, path, module in before:
+            unfuse(block.get(path.rpartition(".")[0]))
             block.replace(path, module)
+        vars(model).pop("is_loaded_in_8bit", None)
 
     for _, path, module in before:
         if any(parameter.is_meta for parameter in module.parameters()):
@@ -64,10 +67,20 @@ def make_forms(
         seen = dict(moments) if moments is not None else None  # pruning narrows what later forms see
         for block, forms in wanted:
             sizes[block.down] = [form.apply(block, moments=seen) for form in forms]
+        finish_forms(model, wanted)
     except Exception:
         undo()
         raise
     return sizes, undo
+
+
+def finish_forms(model: PreTrainedModel, wanted: list[tuple[Block, tuple[Form, ...]]]) -> None:
+    """What follows once the weights of the planned feed-forwards are there."""
+    for block, forms in wanted:
+        for form in forms:
+            form.finish(block)
+    if any(form.name == "int8" for _, forms in wanted for form in forms):
+        model.is_loaded_in_8bit = True  # type: ignore[assignment]  # PEFT asks this before it wraps int8 layers as such
 
 
 def build_forms(model: PreTrainedModel, plan: FastPlan) -> list[str]:
@@ -97,7 +110,7 @@ def build_forms(model: PreTrainedModel, plan: FastPlan) -> list[str]:
 
 
 def check_filled(model: PreTrainedModel, expected: list[str]) -> None:
-    """ValueError where a tensor that `build_forms` made has not been filled by the checkpoint."""
+    """After the weights have loaded. ValueError where a tensor of `build_forms` was not filled by the checkpoint."""
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return  # moved between devices since, and no longer the tensors that were marked as loaded
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

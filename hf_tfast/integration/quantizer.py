@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 
 from ._basis import check_loaded, expect_basis, lacking
-from ._forms import Sizes, build_forms, check_filled, make_forms, planned_blocks
+from ._forms import Sizes, build_forms, check_filled, finish_forms, make_forms, planned_blocks
 from ._modules import parts_of
 from ._stamps import NAME, set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
@@ -76,6 +76,8 @@ class FastQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model, self.basis)
         check_filled(model, self.expected)
+        if self.pre_quantized:
+            finish_forms(model, planned_blocks(model, self.quantization_config))
         if not self.pre_quantized:
             self.sizes, _ = make_forms(model, self.quantization_config)
         self.quantization_config = saved(self.quantization_config, self.sizes)

@@ -23,6 +23,7 @@ from ..benchmarking import catalogue
 from ..integration.plan import FastPlan
 from ..integration.report import LayerReport, attention_report
 from .measured import Facts, Measured, read_results
+from .remote import is_ours
 
 __all__ = ["MADE_BY", "model_card"]
 
@@ -113,7 +114,7 @@ def _choice(model: PreTrainedModel) -> dict[str, Any]:
     """What config.json says of the fast parts: fields of a TFast config, and a plan."""
     config: Any = model.config
     choice: dict[str, Any] = {}
-    if type(config).__module__.startswith("hf_tfast.models."):
+    if is_ours(model):
         names = ("model_type", "attention", "feed_forward", "position_encoding", "causal")
         choice = {name: value for name in names if (value := getattr(config, name, None)) is not None}
     plan = getattr(config, "quantization_config", None)

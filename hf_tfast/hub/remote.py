@@ -76,16 +76,23 @@ def _pointer(family: dict[str, type]) -> str:
 
 
 def is_ours(model: PreTrainedModel) -> bool:
-    """Is this a model of the TFast family, installed here?"""
-    return all(cls.__module__.startswith(f"{_ROOT.name}.models.") for cls in (type(model.config), type(model)))
+    """Is this a model of the TFast family, whose code is that of the package installed here?"""
+    return None not in (_installed(type(model.config)), _installed(type(model)))
+
+
+def _installed(cls: type) -> type | None:
+    """The package's own class: `cls`, or what a pointer in a repository made it from. None for all others."""
+    if cls.__module__.partition(".")[0] == "transformers_modules":
+        cls = cls.__mro__[1]
+    return cls if cls.__module__.startswith(f"{_ROOT.name}.models.") else None
 
 
 def _family(model: PreTrainedModel) -> dict[str, type]:
     """{"AutoConfig": its config class, "AutoModelFor...": the classes that Transformers' Auto classes know for it}."""
     from transformers.models.auto import modeling_auto
 
-    config = type(model.config)
-    if not is_ours(model):
+    config, own = _installed(type(model.config)), _installed(type(model))
+    if config is None or own is None:
         raise ValueError(
             f"{type(model).__name__} is a class of {type(model).__module__}, not of the TFast family: its code is not "
             "ours to copy. With a FastPlan it loads wherever hf_tfast is imported: push it without remote_code"
@@ -95,8 +102,8 @@ def _family(model: PreTrainedModel) -> dict[str, type]:
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and config in mapping._extra_content:
             found[name] = mapping._extra_content[config]
-    if type(model) not in found.values():
-        raise ValueError(f"no Auto class of Transformers knows {type(model).__name__}, so none could load it")
+    if own not in found.values():
+        raise ValueError(f"no Auto class of Transformers knows {own.__name__}, so none could load it")
     return found
 
 

@@ -35,9 +35,11 @@ class SharedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if not (args[0] if args else kwargs.get("is_main_process", True)):
             return
-        _leave_out_code(Path(save_directory) / "config.json")
+        copied = self.is_remote_code()  # a class from a repository: Transformers has copied its file
+        if not copied:
+            _leave_out_code(Path(save_directory) / "config.json")
         pushed = _PUSHED.get()
-        if remote_code or pushed is not None:
+        if remote_code or pushed or (pushed is not None and not copied):
             import hf_tfast  # the public door: what it needs stands on this room
 
             hf_tfast.save_code(self, save_directory, standalone=bool(remote_code or pushed))  # type: ignore[misc]

@@ -38,7 +38,7 @@ def error(act):
 """
 
 
-def run(hub: LocalHub, home: Path, code: str, *, without: bool = False, timeout: float = 240) -> dict[str, Any]:
+def run(hub: LocalHub, home: Path, code: str, *, without: bool = False, timeout: float = 900) -> dict[str, Any]:
     """Run `code` in a new interpreter and a new cache `home`; what it puts into the dict `said` comes back.
 
     without  hf_tfast cannot be imported, as on a machine that has only torch and Transformers.

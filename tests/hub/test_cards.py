@@ -1,5 +1,6 @@
 """Model cards: what they say is what the model runs and what was measured of it, and nothing of another model."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from hf_tfast import FastPlan, TFastConfig, TFastForCausalLM, TFastForMaskedLM, 
 from hf_tfast.benchmarking.environment import environment
 from hf_tfast.hub.folder import skeleton, write_card
 from tests.integration.tiny_models import tiny
+from tests.training.tiny import write_texts
 
 ROOT = Path(__file__).parents[2]
 WINDOW = {"mechanism": "window", "window": 5, "sinks": 1}
@@ -207,3 +209,26 @@ def test_the_card_of_our_own_folder(tmp_path):
     assert "pipeline_tag: fill-mask" in text
     with pytest.raises(ValueError, match="no saved model"):
         write_card(tmp_path, license="mit")
+
+
+def test_the_card_of_a_model_that_a_recipe_trained(tmp_path):
+    """Two steps of two mechanisms: the files of a real training, the folder of a real model, and one command."""
+    spec = importlib.util.spec_from_file_location("pretrain_clm", ROOT / "recipes/pretrain_clm.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    small = "--tokenizer bytes --length 32 --hidden_size 16 --layers 1 --heads 2 --intermediate_size 32 --max_steps 2 "
+    small += "--validation_sequences 2 --far 8 --plot false --disable_tqdm true --use_cpu true --compare window dense"
+    recipe.main(
+        ["--text", str(write_texts(tmp_path / "texts")), "--output_dir", str(tmp_path / "out"), *small.split()]
+    )
+    place = tmp_path / "out/window"
+    record = json.loads((place / "metrics.json").read_text())
+    text = write_card(place / "model", license="mit", results=[tmp_path / "out"]).read_text()
+    assert f"**{record['final']['eval_perplexity']:.3f}**" in text
+    assert "| dense() |" in text
+    assert f"{record['steps']} steps of sequences of 32" in text
+    alone = write_card(place / "model", license="mit", results=[place], overwrite=True).read_text()
+    assert f"**{record['final']['eval_perplexity']:.3f}**" in alone
+    assert "dense()" not in alone
+    with pytest.raises(ValueError, match="another model"):
+        write_card(tmp_path / "out/dense/model", license="mit", results=[place])

@@ -135,6 +135,10 @@ for repository in ("flat-window", "pointer"):
     said[repository] = logits(model)
     model.save_pretrained(repository)
     said[f"{repository} saved"] = logits(AutoModelForCausalLM.from_pretrained(repository))
+    said[f"{repository} auto_map"] = json.load(open(f"{repository}/config.json"))["auto_map"]
+    model.push_to_hub(f"again-{repository}")
+    model.save_pretrained(f"{repository}-code", remote_code=True)
+    said[f"{repository} code"] = "class Window(" in open(f"{repository}-code/modeling_tfast.py").read()
     said[f"{repository} plain"] = error(lambda: hf_tfast.TFastForCausalLM(model.config).save_pretrained("plain"))
 """
 ).replace("OWNER", OWNER)
@@ -195,6 +199,10 @@ def test_where_hf_tfast_is_installed_its_classes_win(pushed):
     for repository in ("flat-window", "pointer"):
         assert after[f"{repository} is ours"]
         assert after[repository] == after[f"{repository} saved"] == before["window"]
+        assert after[f"{repository} auto_map"]["AutoModelForCausalLM"] == "modeling_tfast.TFastForCausalLM"
+        assert after[f"{repository} code"], "written anew from the installed package"
+        pushed_again = hub.files(f"{OWNER}/again-{repository}")
+        assert pushed_again["modeling_tfast.py"] == hub.files(f"{OWNER}/{repository}")["modeling_tfast.py"]
         assert after[f"{repository} plain"] is None, "the installed class is not marked as one from a repository"
 
 

@@ -251,7 +251,7 @@ def test_quantized_bytes(bits, most, prefill):
 
 @pytest.mark.parametrize("pads", [[0, 0], [0, 300]], ids=str)
 def test_a_step_reads_no_key_that_it_did_not_choose(pads):
-    """2048 tokens are cached; all blocks of keys and values but those that a step reads are spoiled before the step."""
+    """2048 tokens are cached; all blocks of keys and values but those that a step reads are spoiled before it."""
     model = build("llama", TopK(k=128, block=32, window=32), num_hidden_layers=1, max_position_embeddings=4096)
     inputs = prompt(pads, length=2048)
     words, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -165,8 +165,8 @@ def _rows(request: Request, tokenizer: Any) -> list[Tensor]:
 
 
 def retrieval(length: int, heads: int = 8, width: int = 64) -> Call:
-    """Made-up attention in which every query looks for one key, anywhere in the row: nine tenths of its weight at 4096
-    keys lie there. Queries have a cosine of 0.8 with the key they look for and are random otherwise."""
+    """Made-up attention in which every query looks for one key, anywhere in the row, and has most of its weight there.
+    Queries have a cosine of 0.8 with the key they look for and are random otherwise."""
     generator = torch.Generator().manual_seed(0)
     k, v, own = (torch.randn(1, heads, length, width, generator=generator) for _ in range(3))
     sought = torch.randint(length, (1, heads, length, 1), generator=generator)

@@ -248,6 +248,7 @@ def _distance(axes: "Axes", found: Sequence[Summary]) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name,
                   color=COLOURS[families.index(family)], linestyle=next(styles[family], "-"))  # fmt: skip
     if lines:
-        most = max(100 * (s.density or 0) for same in lines.values() for s in same)
-        axes.plot([0.1, most], [0.1, most], color="0.6", linewidth=1, linestyle=(0, (2, 2)), label="by chance")
-    axes.set(xscale="log", xlabel="density, % of pairs", ylabel="% found of the mass beyond an equally dense window")
+        known = [100 * (s.density or 0) for same in lines.values() for s in same]
+        chance = [min(known) * (max(known) / min(known)) ** (n / 50) for n in range(51)]
+        axes.plot(chance, chance, color="0.6", linewidth=1, linestyle=(0, (2, 2)), label="by chance")
+    axes.set(xscale="log", xlabel="density, % of pairs", ylabel="% found of what an equally dense window misses")

@@ -20,7 +20,8 @@ from .lists import HIDDEN, Sizes, Tiles, entries
 from .scratch import Scratch
 
 STEP = 16  # queries and keys of a tile come in multiples of this, so that tiles of one size are many
-EVEN = 80  # without causality a tile holds so many queries at most
+EVEN = 80  # without causality a tile holds so many queries at most, fewer for short runs
+WASTE = 1.25  # and may be so much larger than it needs to be, so as to run with others
 SPAN = 512  # and they stand at most so many keys of their bucket apart
 
 
@@ -159,24 +160,21 @@ class _Round:
         return rows if bool(some.all()) else rows[some[rows]]
 
     def tiles(self) -> Iterator[Tiles]:
-        """Tiles of as many queries and about as many keys run together."""
+        """Tiles of about as many queries and keys run together; under causality of exactly as many."""
         first, count, base, width = self._cut()
         height = torch.full_like(count, self.size) if self.sizes.causal else (count + STEP - 1) // STEP * STEP
         order = (height * (self.sizes.j + STEP) + width).sort(stable=True).indices
         first, count, base = first[order], count[order], base[order]
-        heights, widths, at = height[order].tolist(), width[order].tolist(), 0
+        heights, widths, at, most = height[order].tolist(), width[order].tolist(), 0, entries(self.order.device) // 2
         while at < len(widths):
-            t, s = heights[at], widths[at]
-            most = s if self.sizes.causal else s + s // 8 + STEP  # under causality keys lie where they lay before
-            stop = at + 1
-            while (
-                stop < len(widths)
-                and heights[stop] == t
-                and widths[stop] <= most
-                and (t * widths[stop] * (stop + 1 - at) <= entries(self.order.device))
-            ):
-                stop += 1
-            yield self._tile(first[at:stop], count[at:stop], base[at:stop], (t, widths[stop - 1]))
+            t, s, area, stop = heights[at], widths[at], heights[at] * widths[at], at + 1
+            while stop < len(widths):
+                high, wide = max(t, heights[stop]), max(s, widths[stop])
+                sum_area, whole = area + heights[stop] * widths[stop], high * wide * (stop + 1 - at)
+                if whole > most or ((high, wide) != (t, s) if self.sizes.causal else whole > WASTE * sum_area):
+                    break
+                t, s, area, stop = high, wide, sum_area, stop + 1
+            yield self._tile(first[at:stop], count[at:stop], base[at:stop], (t, s))
             at = stop
 
     def _cut(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -187,7 +185,8 @@ class _Round:
         cell = (own - 1 - start).clamp_min_(0) // (self.size if s.causal else SPAN)
         groups = _starts(rows // self.per, start, cell)
         length = groups.diff(append=groups.new_tensor([len(rows)]))
-        tiles = (length + self.size - 1) // self.size if s.causal else (length + EVEN - 1) // EVEN
+        most = self.size if s.causal else min(EVEN, max(STEP, 2 * self.reach))
+        tiles = (length + most - 1) // most
         each = torch.full_like(tiles, self.size) if s.causal else (length + tiles - 1) // tiles
         group = torch.repeat_interleave(tiles)
         inside = (torch.arange(len(group), device=rows.device) - (tiles.cumsum(0) - tiles)[group]) * each[group]

@@ -9,6 +9,7 @@ from ..benchmarking.environment import describe
 from .plot import label, plot_curves
 
 Record = dict[str, Any]
+RESULTS = "results.json"
 
 
 def compare(records: Sequence[Record], folder: Path, *, draw: bool = True) -> None:
@@ -18,7 +19,7 @@ def compare(records: Sequence[Record], folder: Path, *, draw: bool = True) -> No
         raise ValueError(f"these trainings saw different data ({', '.join(sorted(digests))}) and cannot be compared")
     folder.mkdir(parents=True, exist_ok=True)
     text = table(records)
-    for name, content in (("results.json", json.dumps({"records": list(records)}, indent=1)), ("table.md", text)):
+    for name, content in ((RESULTS, json.dumps({"records": list(records)}, indent=1)), ("table.md", text)):
         new = folder / f".{name}.new"
         new.write_text(content + "\n", encoding="utf-8")
         new.replace(folder / name)

@@ -23,7 +23,7 @@ from ..benchmarking.folder import check_new, new_folder
 from ..models.configuration_tfast import TFastConfig
 from ..models.modeling_tfast import TFastForCausalLM, TFastForMaskedLM
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, read_attention
-from .compare import compare
+from .compare import RESULTS, compare
 from .data import Data, prepare
 from .guards import check_launch
 from .plot import need_matplotlib, plot_curves
@@ -52,6 +52,8 @@ def pretrain(
         _config(model, choice, data.length, two_way) for choice in choices.values()
     ]  # refuse before reading texts
     folder = Path(args.output_dir or "")
+    if args.report is not None:
+        _check_report(Path(args.report), model, args)
     with args.main_process_first(local=False, desc="folder"):
         if args.process_index == 0:
             _open(folder, data, model, args, two_way)
@@ -63,6 +65,17 @@ def pretrain(
     if model.compare and args.process_index == 0:
         compare(records, Path(args.report) if args.report else folder, draw=args.plot)
     return records
+
+
+def _check_report(report: Path, model: ModelArguments, args: PretrainingArguments) -> None:
+    if not model.compare:
+        raise ValueError(
+            "--report is the folder of a comparison: name what to compare with --compare, or leave it out"
+        )
+    if (report / RESULTS).exists() and not (args.overwrite or args.resume_from_checkpoint):
+        raise FileExistsError(
+            f"{report} holds results; name another folder with --report, or replace them with --overwrite"
+        )
 
 
 def _key(n: int, given: str, model: ModelArguments) -> str:

@@ -62,7 +62,7 @@ def _fitting(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
         and len(tokenizer(" ".join(words), verbose=False)["input_ids"]) > tokenizer.model_max_length // 2
     ):
         words = words[: len(words) // 2]
-    return " ".join(words)
+    return " ".join(words).rstrip()
 
 
 def _masked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -141,6 +141,8 @@ def test_comparison(texts, tmp_path):
     dense, narrow, wide = ([h["loss"] for h in record["history"] if "loss" in h] for record in records)
     assert wide == pytest.approx(dense, rel=1e-5), "a window over everything: equal weights, equal batches"
     assert narrow != pytest.approx(dense, rel=1e-5)
+    with pytest.raises(FileExistsError, match="holds results"):
+        pretrain(*arguments(texts, tmp_path / "another", **options))
     # a model more, the others kept
     choices["compare"].append("hashed")
     (tmp_path / "out" / "window-1" / "metrics.json").touch()
@@ -172,6 +174,7 @@ def test_different_data_is_not_compared(trained, tmp_path):
         ({"data": {"dataset": "wikitext"}}, ValueError, "either a data set or texts"),
         ({"data": {"validation_share": 1.5}}, ValueError, "between 0 and 1"),
         ({"data": {"length": 4096}}, ValueError, "one step takes 2: give more text"),
+        ({"report": "somewhere"}, ValueError, "--report is the folder of a comparison"),
         ({"masked_share": 0.0}, ValueError, "masked_share"),
         ({"resume_from_checkpoint": "nowhere"}, ValueError, "no checkpoint"),
         ({"fp16": True}, ValueError, "fp16 on a CPU"),

@@ -138,7 +138,7 @@ def _bars(axes: "Axes", lengths: Sequence[int], found: Sequence[Sequence[float |
         for k, (length, x) in enumerate(zip(lengths, row, strict=True)):
             y = m + (k - (len(lengths) - 1) / 2) * height
             if x is None:
-                axes.text(1.02, y, f"L={length}: one of them does not run", va="center", fontsize=7, color="0.5")
+                axes.text(1.02, y, f"L={length}: no figure", va="center", fontsize=7, color="0.5")
                 continue
             paint, shade = COLOURS[0] if x >= 1 else "#C0392B", 0.45 + 0.55 * k / max(len(lengths) - 1, 1)
             axes.barh(y, x - 1, height * 0.9, left=1, color=paint, alpha=shade)

@@ -80,8 +80,10 @@ class Activation(Form):
                 made = Binary(self.bits)
             else:
                 made = Piecewise(self.bits, self.pieces)
-            with torch.no_grad():
-                made.start(x if x is not None else torch.linspace(-(self.limit or 1), self.limit or 1, SEEN))  # type: ignore[operator]
+            if not kind.is_meta:
+                limit = self.limit or 1.0
+                with torch.no_grad():
+                    made.start(torch.linspace(-limit, limit, SEEN) if x is None else x)  # type: ignore[operator]
             made.to(device=kind.device, dtype=kind.dtype)
             block.replace(path, ActivationQuantized(layer, made))
             sizes[path] = signed

@@ -39,6 +39,10 @@ class Int8(Form):
 
     threshold: float = 6.0
 
+    @property
+    def from_shapes(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, float | int) or not 0 <= self.threshold < math.inf:
             raise ValueError(f"threshold must be a number of at least 0, got {self.threshold!r}")

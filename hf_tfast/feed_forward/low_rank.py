@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ._base import Block, Form, Size, bias_of, check_finite, linear, same_kind, weight_of
 from ._moments import Moments
@@ -60,6 +61,10 @@ class LowRank(Form):
     @property
     def calibrated(self) -> bool:
         return self.method == "activation"
+
+    @property
+    def from_shapes(self) -> bool:
+        return self.energy is None and not self.calibrated
 
     def apply(self, block: Block, size: Size | None = None, moments: dict[str, Moments] | None = None) -> Size:
         sizes: Size = {}
@@ -129,6 +134,12 @@ class LowRankLinear(nn.Module):
         self.in_features, self.out_features = first.shape[1], second.shape[0]
         self.first = linear(first, None, trained)
         self.second = linear(second, bias, trained)
+
+    def draw(self, std: float) -> None:
+        """Initialise a new model: the product of the two has the standard deviation `std`."""
+        each = (std / len(self.first.weight) ** 0.5) ** 0.5
+        for half in (self.first, self.second):
+            init.normal_(half.weight, std=each)
 
     @property
     def weight(self) -> Tensor:

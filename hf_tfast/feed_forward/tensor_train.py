@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ._base import Block, Form, Size, bias_of, check_finite, weight_of
 from ._moments import Moments
@@ -115,6 +116,14 @@ class TensorTrainLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=trained)
         self.ins, self.outs = tuple(c.shape[1] for c in cores), tuple(c.shape[2] for c in cores)
         self.in_features, self.out_features = math.prod(self.ins), math.prod(self.outs)
+
+    def draw(self, std: float) -> None:
+        """Initialise a new model: the weight that the cores stand for has the standard deviation `std`."""
+        paths = math.prod(core.shape[3] for core in self.cores)  # products that each weight is the sum of
+        for core in self.cores:
+            init.normal_(core, std=(std / paths**0.5) ** (1 / len(self.cores)))
+        if self.bias is not None:
+            init.constant_(self.bias, 0.0)
 
     @property
     def weight(self) -> Tensor:

@@ -12,7 +12,7 @@ from ._modules import Found, Survey, survey
 from ._ranges import check_layers, names_of, planned_stacks
 from .plan import FastPlan
 
-__all__ = ["build_forms", "check_filled", "make_forms", "planned_blocks", "restore_forms"]
+__all__ = ["build_forms", "check_filled", "make_forms", "planned_blocks", "restore_forms", "start_forms"]
 
 Sizes = dict[str, list[dict[str, Any]]]  # path of the layer down -> what each form decided
 
@@ -72,6 +72,13 @@ def make_forms(
         undo()
         raise
     return sizes, undo
+
+
+def start_forms(model: PreTrainedModel, forms: Callable[[int], tuple[Form, ...]]) -> None:
+    """Give the layers of a new model their forms, which follow from shapes: `forms` says those of a layer."""
+    for block in feed_forwards(model):
+        for form in forms(block.layer):
+            form.apply(block)
 
 
 def finish_forms(model: PreTrainedModel, wanted: list[tuple[Block, tuple[Form, ...]]]) -> None:

@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from ..attention import Mechanism, mechanisms
 from ..attention.dense import Dense
+from ..feed_forward import Form
 from ..integration.plan import FastPlan
 
 __all__ = ["TFastConfig"]
@@ -33,7 +34,9 @@ class TFastConfig(PreTrainedConfig):
     causal               position i reads positions up to i. TFastForCausalLM sets it, TFastForMaskedLM unsets it.
     attention            a mechanism or its dict, a dict from layer ranges ("0", "1-4", "5-") to these, or a list of
                          one per layer. Layers that are not named are dense.
-    feed_forward         None or "dense".
+    feed_forward         None or "dense", a form, a list of forms, or a dict from layer ranges to them, as in a
+                         FastPlan: LowRank, TensorTrain, Pruned, Activation. What needs weights or data to be made
+                         (energy, calibration, Int8) comes after training, by a FastPlan or `convert`.
     position_encoding    "rotary" (see rope_parameters), "sinusoidal", "learned", "low_rank" or "none".
     position_rank        rank of the "low_rank" table; None: by position_error, else at most 64.
     position_error       the "low_rank" table starts as the sinusoidal one, factorised to this relative error.
@@ -117,7 +120,8 @@ class TFastConfig(PreTrainedConfig):
     mask_token_id: int | None = None
 
     def __setattr__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, self.saved_attention(value) if key == "attention" else value)
+        read = {"attention": self.saved_attention, "feed_forward": self.saved_feed_forward}.get(key)
+        super().__setattr__(key, value if read is None else read(value))
 
     @classmethod
     def saved_attention(cls, given: Any) -> Any:
@@ -127,6 +131,20 @@ class TFastConfig(PreTrainedConfig):
         if isinstance(given, list | tuple):
             return [TFastConfig.saved_attention(one) for one in given]
         return FastPlan(attention=given).to_dict()["attention"]
+
+    @classmethod
+    def saved_feed_forward(cls, given: Any) -> Any:
+        """Forms -> the dicts of config.json. ValueError names what is unknown, and what only weights can decide."""
+        if given in (None, {}, [], "dense"):
+            return None
+        plan = FastPlan(feed_forward=given)
+        for form in plan.every_form:
+            if not form.from_shapes:
+                raise ValueError(
+                    f"{form!r} is made from trained weights or data, and a TFast model begins with neither: train it "
+                    "first, then use FastPlan(feed_forward=...) or hf_tfast.convert"
+                )
+        return plan.to_dict()["feed_forward"]
 
     def __post_init__(self, **kwargs: Any) -> None:
         _at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -184,6 +202,12 @@ class TFastConfig(PreTrainedConfig):
         plan = self._plan()
         return Dense() if plan is None else plan.mechanism(layer, (stack,))
 
+    def forms(self, layer: int, stack: str | None = None) -> tuple[Form, ...]:
+        """What the feed-forward of this layer is made of, in order; () for a dense one."""
+        if not self.feed_forward:
+            return ()
+        return FastPlan(feed_forward=self.feed_forward).forms(layer, (stack, None))
+
     def _plan(self) -> FastPlan | None:
         """The attention choice as a plan, which parses and compares ranges."""
         given = self.attention
@@ -220,8 +244,12 @@ class TFastConfig(PreTrainedConfig):
         for name in ("attention_dropout", "hidden_dropout", "classifier_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.feed_forward not in (None, "dense"):
-            raise ValueError(f"unknown feed_forward {self.feed_forward!r}; this version has None or 'dense'")
+        for layers in [] if not self.feed_forward else FastPlan(feed_forward=self.feed_forward).feed_forward_ranges:
+            have = max(self.stacks.values()) if layers.stack is None else self.stacks.get(layers.stack)
+            if have is None or max(layers.first, layers.last or 0) >= have:
+                raise ValueError(
+                    f"feed_forward names layers {layers.text!r}, which a {self.model_type} like this lacks"
+                )
         self._check_attention()
 
     def validate_architecture(self) -> None:

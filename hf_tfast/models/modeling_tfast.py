@@ -27,6 +27,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..feed_forward.low_rank import LowRankLinear
+from ..feed_forward.tensor_train import TensorTrainLinear
+from ..integration._forms import start_forms
 from ..integration._stamps import NAME
 from ..positions.encodings import Positions
 from ._sharing import SharedModel
@@ -81,6 +84,8 @@ class TFastPreTrainedModel(SharedModel):
             init.constant_(module.log_temperature, 0.5 * math.log(module.head_dim))
         elif isinstance(module, Positions):
             module.initialize(self.config.initializer_range)
+        elif isinstance(module, LowRankLinear | TensorTrainLinear):
+            module.draw(self.config.initializer_range)
         elif isinstance(module, TFastProjection):
             init.copy_(module.weight, module.start())
         elif isinstance(module, TFastValueConvolution):
@@ -90,6 +95,8 @@ class TFastPreTrainedModel(SharedModel):
 class TFastModel(TFastPreTrainedModel):
     """The stack of layers: an encoder, or a decoder where config.causal."""
 
+    stack: str | None = None  # what the config calls it, where it has two
+
     def __init__(self, config: TFastConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -98,6 +105,7 @@ class TFastModel(TFastPreTrainedModel):
         self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.rotary_emb = TFastRotaryEmbedding(config) if config.position_encoding == "rotary" else None
         self.gradient_checkpointing = False
+        start_forms(self, lambda layer: config.forms(layer, self.stack))
         self.post_init()
 
     def make_layers(self, config: TFastConfig) -> list[TFastLayer]:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..integration._forms import start_forms
 from .configuration_tfast import TFastConfig
 from .configuration_tfast_seq2seq import TFastSeq2SeqConfig
 from .modeling_tfast import TFastModel, TFastPreTrainedModel, count_positions
@@ -50,6 +51,7 @@ class TFastSeq2SeqEncoder(TFastModel):
     """The encoder: a bidirectional TFastModel whose layers are those of the config's "encoder"."""
 
     config_class = TFastSeq2SeqConfig  # type: ignore[assignment]
+    stack = "encoder"
 
     def make_layers(self, config: TFastConfig) -> list[TFastLayer]:
         count = config.stacks["encoder"]
@@ -75,6 +77,7 @@ class TFastSeq2SeqDecoder(TFastSeq2SeqPreTrainedModel):
         self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.rotary_emb = TFastRotaryEmbedding(config) if config.position_encoding == "rotary" else None
         self.gradient_checkpointing = False
+        start_forms(self, lambda layer: config.forms(layer, "decoder"))
         self.post_init()
 
     @merge_with_config_defaults

@@ -104,7 +104,7 @@ def sizes(**fields):
         (sizes(position_encoding="learned", rope_parameters={"rope_theta": 1e6}), "position_encoding='rotary' only"),
         (sizes(position_rank=4), "position_rank is read by position_encoding='low_rank' only"),
         (sizes(attention_dropout=1.0), r"attention_dropout must lie in \[0, 1\)"),
-        (sizes(feed_forward="mixture"), "unknown feed_forward 'mixture'"),
+        (sizes(feed_forward="mixture"), "form, a list of forms, or a dict"),
         (sizes(attention="window"), "attention is a mechanism or a dict"),
         (sizes(attention={"mechanism": "wibble"}), "unknown attention mechanism 'wibble'"),
         (sizes(attention={"mechanism": "window", "width": 3}), "Window has no field 'width'"),

@@ -86,6 +86,10 @@ class Form:
         """Do sizes follow from the shapes alone, so that a model can begin with this form and train it?"""
         return not self.calibrated
 
+    def reads(self, block: Block) -> tuple[str, ...]:
+        """Paths of the layers whose inputs' moments `apply` reads."""
+        return block.paths if self.calibrated else ()
+
     def apply(self, block: Block, size: Size | None = None, moments: dict[str, Moments] | None = None) -> Size:
         """Replace the layers of `block` in place and return the sizes.
 

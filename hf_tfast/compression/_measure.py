@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..feed_forward._fused import FusedInt8
 from ._batches import Batch, evaluating, forward, valid_rows
 from ._twin import Twin
 
@@ -33,6 +34,14 @@ class Span:
     layer: int
     starts: tuple[str, ...]
     end: str
+
+    def timed(self, model: PreTrainedModel) -> tuple[tuple[str, ...], str]:
+        """Where to listen for its time: at the modules that own its layers, where these compute the whole in one go
+        and would not with a hook on a layer."""
+        owners = [path.rpartition(".")[0] for path in (*self.starts, self.end)]
+        if isinstance(model.get_submodule(owners[0]), FusedInt8):
+            return (owners[0],), owners[-1]
+        return self.starts, self.end
 
 
 @dataclass
@@ -183,9 +192,10 @@ def _timed(model: PreTrainedModel, spans: Sequence[Span], batch: Batch) -> list[
 
     with ExitStack() as stack:
         for n, span in enumerate(spans):
-            for path in span.starts:
+            starts, end = span.timed(model)
+            for path in starts:
                 stack.callback(model.get_submodule(path).register_forward_pre_hook(start(n)).remove)
-            stack.callback(model.get_submodule(span.end).register_forward_hook(stop(n)).remove)
+            stack.callback(model.get_submodule(end).register_forward_hook(stop(n)).remove)
         first = _now(model)
         forward(model, batch)
         return [*seconds, _now(model) - first]

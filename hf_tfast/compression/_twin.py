@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention.dense import Dense
+from ..feed_forward._fused import FusedInt8
 from ..integration._stamps import set_stamp, stamped_modules
 
 __all__ = ["Twin"]
@@ -24,9 +25,17 @@ class Twin:
         self._after = {path: after.get(path) for path in self.changed}
         self._stamps = stamped_modules(model)
 
-    def check(self, allowed: Iterable[str]) -> None:
-        """ValueError where a module was replaced, added or taken away that the plan does not name."""
+    def check(self, allowed: Iterable[str], types: dict[str, type]) -> None:
+        """ValueError where a module was replaced, added or taken away that the plan does not name.
+
+        types   of the dense model's modules: the owner of a planned layer may have gained a forward, no other.
+        """
         known = set(allowed)
+        owners = {path.rpartition(".")[0] for path in known}
+        for path, module in self.model.named_modules():
+            kept = path in types and path not in self.changed and not set(_above(path)) & known
+            if kept and type(module) is not types[path] and not (path in owners and isinstance(module, FusedInt8)):
+                raise ValueError(f"conversion made {path} a {type(module).__name__}, which the plan does not name")
         if stray := [path for path in self.changed if path not in known]:
             was, now = (type(modules[stray[0]]).__name__ for modules in (self._before, self._after))
             raise ValueError(

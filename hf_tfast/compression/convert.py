@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..attention.dense import Dense
 from ..benchmarking.plot import need_matplotlib
 from ..feed_forward import Block, Moments
+from ..feed_forward._fused import unfuse
 from ..integration._basis import lacking
 from ..integration._forms import planned_blocks
 from ..integration._stamps import stamped_modules
@@ -72,7 +73,7 @@ def convert(
     with _undone_on_failure(model, before), evaluating(model):
         put_plan(model, plan, _moments(model, plan, planned, used))
         twin = Twin(model, before.modules)
-        twin.check([path for block, _ in planned for path in block.paths])
+        twin.check([path for block, _ in planned for path in block.paths], before.types)
         if lacking(model):
             calibrate(model, _needed(used, "SVD of causal layers is"))
         spans = [*map(_feed_forward, [block for block, _ in planned]), *_attention(model)]
@@ -130,7 +131,10 @@ def _undone_on_failure(model: PreTrainedModel, before: Before) -> Iterator[None]
     try:
         yield
     except BaseException:
-        Twin(model, before.modules).dense()
+        twin = Twin(model, before.modules)
+        twin.dense()
+        for path in twin.changed:
+            unfuse(model.get_submodule(path.rpartition(".")[0]))
         if isinstance(getattr(model.config, "quantization_config", None), FastPlan):
             take_off(model)
         for name in set(vars(model)) - before.attributes:

@@ -76,6 +76,7 @@ class Before:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.modules = dict(model.named_modules())
+        self.types = {path: type(module) for path, module in self.modules.items()}
         self.training = {path: module.training for path, module in self.modules.items()}
         self.sizes = {path: saved_bytes(module) for path, module in self.modules.items()}
         self.attributes = set(vars(model))

@@ -70,3 +70,13 @@ class Moments:
             second=self.second[kept][:, kept],
             sample=self.sample[:, kept],
         )
+
+    def through(self, weight: Tensor) -> "Moments":
+        """Of weight x, for a layer without bias: weight [m d]."""
+        wide = weight.detach().to(self.second)
+        return Moments(
+            count=self.count,
+            mean=wide @ self.mean,
+            second=wide @ self.second @ wide.mT,
+            sample=self.sample @ weight.detach().to(self.sample).mT,
+        )

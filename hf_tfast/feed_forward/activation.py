@@ -66,8 +66,11 @@ class Activation(Form):
 
     def apply(self, block: Block, size: Size | None = None, moments: dict[str, Moments] | None = None) -> Size:
         sizes: Size = {}
+        layers = dict(block.linears())
         for path in block.paths:
-            layer = block.get(path)
+            if not any(within == path or within.startswith(f"{path}.") for within in layers):
+                weight_of(block.get(path), path)  # raises and names it
+        for path, layer in layers.items():
             kind = weight_of(layer, path)
             x = None
             if self.calibrated and not kind.is_meta:
@@ -91,7 +94,9 @@ class Activation(Form):
 
     def restore(self, block: Block) -> None:
         for path in block.paths:
-            block.replace(path, block.get(path).linear)  # type: ignore[arg-type]
+            for name, module in list(block.get(path).named_modules()):
+                if isinstance(module, ActivationQuantized):
+                    block.replace(f"{path}.{name}" if name else path, module.linear)
 
 
 class ActivationQuantized(nn.Module):

@@ -81,6 +81,9 @@ class LowRank(Form):
                 known = self._moments(path, moments) if self.calibrated else None
                 check_finite(weight, path)
                 first, second, bias = self._factors(weight.detach(), bias_of(layer), rank, known)
+                if moments and path in moments:  # what a form after this one sees
+                    moments[f"{path}.first"] = moments[path]
+                    moments[f"{path}.second"] = moments[path].through(first)
             trained = next(layer.parameters()).requires_grad
             block.replace(path, LowRankLinear(first, second, bias, trained))
             sizes[path] = len(first)

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer
 from transformers.utils import logging
 
 from ..attention import Mechanism, mechanisms
@@ -30,11 +31,13 @@ def apply_plan(model: PreTrainedModel, plan: FastPlan) -> PreTrainedModel:
 
     ValueError, with nothing changed, where a planned layer does not exist, where an attention module that the plan
     means does not go through Transformers' interface, for a model that already has a plan or another quantisation, and
-    for one that is sharded, offloaded or on meta. A plan with SVD on causal layers is applied first and calibrated
-    then, `calibrate(model, batches)`: until that the model neither runs nor saves.
+    for one that is sharded, offloaded or on meta. A model that Transformers has loaded with BitsAndBytesConfig takes
+    attention: the plan has that config as its base from then on. A plan with SVD on causal layers is applied first and
+    calibrated then, `calibrate(model, batches)`: until that the model neither runs nor saves.
     """
     check_new_plan(model, plan)
-    return put_plan(model, plan)
+    base = model.config.quantization_config if _on_a_base(model) else None
+    return put_plan(model, plan if base is None else FastPlan(attention=plan.attention, base=base))
 
 
 def check_new_plan(model: PreTrainedModel, plan: FastPlan) -> None:
@@ -43,12 +46,25 @@ def check_new_plan(model: PreTrainedModel, plan: FastPlan) -> None:
         raise ValueError(f"expected a Transformers model, got {type(model).__name__}; unwrap it first")
     if not isinstance(plan, FastPlan):
         raise ValueError(f"expected a FastPlan, got {plan!r}")
+    if plan.base is not None:
+        raise ValueError(
+            "the base of a plan is made while weights load: from_pretrained(name, quantization_config=plan); a model "
+            "that is loaded with it already takes a plan without"
+        )
+    if _on_a_base(model) and not plan.every_form:
+        return
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"the model already has a plan or quantisation ({model.config.quantization_config!r}); "
             "call remove_plan(model) first, or start from the dense checkpoint"
         )
     check_whole(model)
+
+
+def _on_a_base(model: PreTrainedModel) -> bool:
+    """Has Transformers quantised the model in a way that a plan can stand on?"""
+    given = getattr(model.config, "quantization_config", None)
+    return isinstance(given, BitsAndBytesConfig) and isinstance(getattr(model, "hf_quantizer", None), HfQuantizer)
 
 
 def put_plan(model: PreTrainedModel, plan: FastPlan, moments: dict[str, Moments] | None = None) -> PreTrainedModel:
@@ -91,8 +107,15 @@ def remove_plan(model: PreTrainedModel, *, attention_only: bool = False) -> PreT
 
 def take_off(model: PreTrainedModel) -> None:
     """Take everything of a plan off but the feed-forwards, whatever they are now."""
-    if model.config.quantization_config.attention is not None:
+    plan: Any = model.config.quantization_config
+    if plan.attention is not None:
         _remove_attention(model)
+    if plan.base is not None:
+        model.config.quantization_config = plan.base
+        quantizer: Any = model.hf_quantizer
+        model.hf_quantizer = quantizer.inner
+        del model.config.attn_implementation
+        return
     del model.config.quantization_config
     for holder, name in (
         (model.config, "attn_implementation"),
@@ -171,9 +194,15 @@ def _check_free(model: PreTrainedModel) -> None:
 
 
 def attach(model: PreTrainedModel, quantizer: Any, implementation: str | dict[str, Any]) -> None:
-    """Let the model carry its plan: saved with it, but not pretending that its weights hold integers."""
+    """Let the model carry its plan: saved with it, but not pretending that its weights hold integers, unless they are
+    those of a base."""
     model.config.quantization_config = quantizer.quantization_config
     model.config.attn_implementation = implementation
+    if quantizer.inner is not None:
+        method = quantizer.inner.quantization_config.quant_method
+        for name, value in (("hf_quantizer", quantizer), ("quantization_method", method), ("is_quantized", True)):
+            setattr(model, name, value)
+        return
     for name, value in (("hf_quantizer", quantizer), ("quantization_method", "tfast"), ("is_quantized", False)):
         setattr(model, name, value)
     for module in model.modules():

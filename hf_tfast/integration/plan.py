@@ -3,6 +3,7 @@
     FastPlan(attention=Window(window=512, sinks=4))
     FastPlan(attention={"0": Dense(), "1-": Window(window=512)}, feed_forward=LowRank(ratio=0.5))
     FastPlan(feed_forward={"encoder.0-3": [Pruned(ratio=0.75), Int8()], "decoder.0-": Int8()})
+    FastPlan(attention=Window(window=512), base=BitsAndBytesConfig(load_in_4bit=True))
 
 Layers that a plan does not name stay as they are, and so does cross-attention.
 """
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from ..attention import Mechanism, mechanism_from_dict
 from ..attention.dense import Dense
@@ -29,7 +30,8 @@ class FastPlan(QuantizationConfigMixin):
     attention     a mechanism for all self-attention of the model (of its text stack, where it also has a vision or
                   audio part), a dict from layer ranges to mechanisms, or None: as the user asks when loading.
     feed_forward  a form, a list of forms that are applied in that order, a dict from layer ranges to either, or None.
-    base          must be None: this version converts models that are not quantised otherwise.
+    base          BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True): Transformers' own quantiser does that
+                  to the weights while they load, and the plan adds its attention: LoRA on long inputs trains so.
     sizes         made by conversion, not by hand: what the weights decided (ranks, widths), by feed-forward and form.
 
     Raises ValueError for unknown mechanisms and forms, malformed or overlapping ranges, forms in an order that cannot
@@ -47,8 +49,6 @@ class FastPlan(QuantizationConfigMixin):
         self.quant_method = "tfast"  # type: ignore[assignment]
         if unknown:
             raise ValueError(f"FastPlan has no field {next(iter(unknown))!r}; it has attention, feed_forward and base")
-        if base is not None:
-            raise ValueError(f"this version of hf_tfast cannot build on another quantisation, got base={base!r}")
         empty: tuple[Any, ...] = (None, {}, [])
         if attention in empty and feed_forward in empty:
             raise ValueError(
@@ -58,6 +58,7 @@ class FastPlan(QuantizationConfigMixin):
         self._attention = None if attention in empty else _attention(attention)
         self._feed_forward = None if feed_forward in empty else _feed_forward(feed_forward)
         self.sizes = sizes
+        self.base = None if base is None else _base(base, self)
 
     @property
     def attention(self) -> Mechanism | dict[str, Mechanism] | None:
@@ -100,6 +101,8 @@ class FastPlan(QuantizationConfigMixin):
             found["feed_forward"] = self._feed_forward.map(
                 lambda forms: forms[0].to_dict() if len(forms) == 1 else [form.to_dict() for form in forms]
             )
+        if self.base is not None:
+            found["base"] = self.base.to_dict()
         if self.sizes is not None:
             found["sizes"] = self.sizes
         return found
@@ -144,12 +147,35 @@ class FastPlan(QuantizationConfigMixin):
         return hash(self.to_json_string())
 
     def __repr__(self) -> str:
-        given = {"attention": self.attention, "feed_forward": self.feed_forward}
+        given = {"attention": self.attention, "feed_forward": self.feed_forward, "base": self.base}
         return f"FastPlan({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
 
 
 class SavedFastPlan(FastPlan):
     """A plan that a checkpoint already has."""
+
+
+def _base(given: Any, plan: FastPlan) -> BitsAndBytesConfig:
+    if isinstance(given, dict) and given.get("quant_method") == "bitsandbytes":  # from config.json
+        try:
+            given = BitsAndBytesConfig(
+                **{name: value for name, value in given.items() if name != "quant_method" and name[0] != "_"}
+            )
+        except TypeError as error:
+            raise ValueError(f"the plan in config.json has a base that cannot be: it is corrupt ({error})") from error
+    if not isinstance(given, BitsAndBytesConfig) or not (given.load_in_4bit or given.load_in_8bit):
+        raise ValueError(
+            "base is another quantisation, BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True), got "
+            f"{type(given).__name__}"
+        )
+    if plan.every_form:
+        raise ValueError(
+            f"{plan.every_form[0]!r} is made from dense weights, and base={type(given).__name__} keeps none: leave "
+            "feed_forward out, or base (Int8() is LLM.int8 for the feed-forwards alone)"
+        )
+    if plan.attention is None:
+        raise ValueError("a plan with a base has an attention; without, give the base itself as quantization_config")
+    return given
 
 
 def _attention(given: Any) -> PerLayer[Mechanism]:

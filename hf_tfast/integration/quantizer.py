@@ -6,14 +6,17 @@ A model whose weights hold no integers does not pretend to be quantised: `is_qua
 from dataclasses import replace
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils import logging
 
 from ._basis import check_loaded, expect_basis, lacking
 from ._forms import Sizes, build_forms, check_filled, finish_forms, make_forms, planned_blocks
+from ._inner import WithBase
 from ._modules import parts_of
+from ._sharding import check_shardable, cut_factors, forbid
 from ._stamps import NAME, set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
 from .plan import FastPlan
@@ -23,13 +26,14 @@ __all__ = ["FastQuantizer", "register_plan"]
 logger = logging.get_logger(__name__)
 
 
-class FastQuantizer(HfQuantizer):
+class FastQuantizer(WithBase):
     """Applies a FastPlan in from_pretrained. `pre_quantized`: the checkpoint has the plan already."""
 
     quantization_config: FastPlan
 
     def __init__(self, quantization_config: FastPlan, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.model: PreTrainedModel | None = None  # while it is loading
         self.asked: str | None = None  # attn_implementation, where the user named another one
         self.basis: list[str] = []  # buffers that the checkpoint has to fill
         self.expected: list[str] = []  # tensors of feed-forwards that the checkpoint has to fill
@@ -51,9 +55,12 @@ class FastQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         plan = self.quantization_config
+        self.model = model
+        self._before_loading(model, **kwargs)
         stored = _stored(kwargs.get("checkpoint_files")) if self.pre_quantized else None
         if self.pre_quantized:
             self.expected = build_forms(model, plan)
+            forbid(model, plan, on=True)
         else:
             planned_blocks(model, plan)  # raises before the weights are read
             if needing := next((form for form in plan.every_form if form.calibrated), None):
@@ -74,6 +81,10 @@ class FastQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._check_shardable()
+        self.model = None
+        forbid(model, self.quantization_config, on=False)
+        self._after_loading(model, **kwargs)
         check_loaded(model, self.basis)
         check_filled(model, self.expected)
         if self.pre_quantized:
@@ -88,6 +99,25 @@ class FastQuantizer(HfQuantizer):
                 set_stamp(module, replace(stamp, rank=manager.get_mesh("tp").get_local_rank()))
         return model
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        if self.pre_quantized:
+            cut_factors(model, self.quantization_config, plan)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Asked for every tensor of a converted checkpoint, when the model has been sharded and has no weights yet."""
+        self._check_shardable()
+        return super().get_new_dtype(converter, param, dtype)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """As `get_new_dtype`, of a dense checkpoint."""
+        self._check_shardable()
+        return super().param_needs_quantization(model, param_name, **kwargs)
+
+    def _check_shardable(self) -> None:
+        if self.model is not None:
+            check_shardable(self.model, self.quantization_config, converting=not self.pre_quantized)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
         """Asked at the beginning of save_pretrained, before a file is written."""
         if without := lacking(model):
@@ -98,19 +128,19 @@ class FastQuantizer(HfQuantizer):
         return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        return True
+        return self.inner is None or bool(self.inner.is_serializable())
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return self.inner is None or bool(self.inner.is_trainable)
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        return self.inner is None or bool(self.inner.is_qat_trainable)
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return self.inner is None or bool(self.inner.is_compileable)
 
 
 def _stored(files: Any) -> list[str] | None:

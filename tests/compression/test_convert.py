@@ -7,19 +7,44 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_tfast import SVD, Activation, FastPlan, LowRank, Pruned, TensorTrain, Window, apply_plan, calibrate, convert
+from hf_tfast import (
+    SVD,
+    Activation,
+    FastPlan,
+    Int8,
+    LowRank,
+    Pruned,
+    TensorTrain,
+    Window,
+    apply_plan,
+    calibrate,
+    convert,
+)
+from hf_tfast.backends.int8 import uncompiled
 from hf_tfast.compression._twin import Twin
+from hf_tfast.feed_forward._fused import FusedInt8
 from hf_tfast.feed_forward.low_rank import LowRankLinear
 from tests.integration.tiny_models import inputs, output, tiny, tokens
 
 PRUNED = Pruned(ratio=0.5, method="activation", recover=True)
 WHITE = LowRank(ratio=0.6, method="activation")
+
+
+@pytest.fixture(autouse=True)
+def _as_written():
+    """Steps of Int8 uncompiled: a step that is compiled anew for another shape may round otherwise."""
+    with uncompiled():
+        yield
+
+
 VERB = import_module("hf_tfast.compression.convert")
 BATCHES = [{"input_ids": tokens("calibration", n, batch=4)} for n in range(3)]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
-@pytest.mark.parametrize("forms", [PRUNED, WHITE, Activation(bits=4), [PRUNED, WHITE]], ids=repr)
+@pytest.mark.parametrize(
+    "forms", [PRUNED, WHITE, Activation(bits=4), [PRUNED, WHITE], [PRUNED, WHITE, Activation(bits=6)]], ids=repr
+)
 def test_forms_made_from_data_reload_bit_for_bit(name, forms, tmp_path):
     model, report = convert(tiny(name), FastPlan(attention=Window(window=8), feed_forward=forms), BATCHES, rounds=0)
     model.save_pretrained(tmp_path)
@@ -73,6 +98,26 @@ def test_calibration_sees_the_planned_attention():
     assert not torch.allclose(first, wide)
 
 
+@pytest.mark.parametrize("factorised", [LowRank(rank=9), WHITE])
+def test_levels_after_factors_are_those_of_what_the_factors_read(factorised):
+    """8 bits between the factors cost little: a step made from other data than F x would cost much."""
+    plain, rounded = (
+        convert(tiny("llama"), FastPlan(feed_forward=[PRUNED, factorised, *more]), BATCHES, rounds=0)[0]
+        for more in ([], [Activation(bits=8)])
+    )
+    plain, rounded = plain.requires_grad_(False), rounded.requires_grad_(False)
+    for one, other in zip(plain.model.layers, rounded.model.layers, strict=True):
+        x = torch.randn(50, 32)
+        assert (other.mlp(x) - one.mlp(x)).norm() < 0.1 * one.mlp(x).norm()
+        read, levels = one.mlp.up_proj.first(x), other.mlp.up_proj.second.levels
+        assert 0.3 < levels.step.item() * 127 / float(read.abs().max()) < 3
+
+
+def test_a_form_after_cores_is_refused_by_name():
+    with pytest.raises(ValueError, match="gate_proj is a TensorTrainLinear"):
+        convert(tiny("llama"), FastPlan(feed_forward=[TensorTrain(ranks=3), Activation()]), BATCHES)
+
+
 def test_causal_svd_is_calibrated_too(tmp_path):
     plan = FastPlan(attention=SVD(rank=4, keys=8), feed_forward=WHITE)
     model, _ = convert(tiny("llama"), plan, BATCHES, rounds=0)
@@ -101,6 +146,51 @@ def test_bytes_and_counts():
     assert report.bytes_after == sum(p.numel() * 4 for p in model.parameters())
     assert report.facts == "3 feed-forward linears low_rank, 0 attention, output head kept"
     assert convert(tiny("bert"), FastPlan(feed_forward=TensorTrain(ranks=3)))[1].facts.endswith("no output head")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "bart"])
+def test_int8_is_counted_halves_fp16_and_reloads(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    given = BATCHES if name != "bart" else [{**batch, "labels": batch["input_ids"]} for batch in BATCHES]
+    forms = Int8() if name != "bart" else {"encoder.0-": Int8()}
+    model, report = convert(tiny(name), FastPlan(feed_forward=forms), given, rounds=1)
+    n, head = {"llama": (6, "output head kept"), "bert": (4, "no output head"), "bart": (4, "output head kept")}[name]
+    assert report.facts == f"{n} feed-forward linears int8, 0 attention, {head}"
+    assert sum(type(m).__name__ == "Int8Linear" for m in model.modules()) == n
+    for row in report.layers:
+        assert 0 < row.error < 0.1
+        assert row.bytes_after < 0.4 * row.bytes_before
+        assert row.seconds_after > 0
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(again, inputs(name)), output(model, inputs(name)))
+
+
+def test_int8_after_everything_else():
+    pytest.importorskip("bitsandbytes")
+    forms = [PRUNED, WHITE, Activation(bits=8), Int8()]
+    model, report = convert(tiny("llama"), FastPlan(feed_forward=forms), BATCHES, rounds=0)
+    assert (
+        report.facts == "6 feed-forward linears pruned + low_rank + activation + int8, 0 attention, output head kept"
+    )
+    three = convert(tiny("llama"), FastPlan(feed_forward=forms[:3]), BATCHES, rounds=0)[1]
+    for row, other in zip(report.layers, three.layers, strict=True):
+        assert row.bytes_after < 0.5 * other.bytes_after
+        assert abs(row.error - other.error) < 0.05
+
+
+def test_whole_int8_feed_forwards_are_timed_whole(monkeypatch):
+    """A hook on a layer would make it step aside: what is timed must be what runs."""
+    pytest.importorskip("bitsandbytes")
+    calls = []
+    real = FusedInt8.whole
+    monkeypatch.setattr(FusedInt8, "whole", lambda self, x: (calls.append(self), real(self, x))[1])
+    model, report = convert(tiny("llama"), FastPlan(feed_forward=Int8()), BATCHES, rounds=3)
+    fused = [m for m in model.modules() if isinstance(m, FusedInt8)]
+    assert len(fused) == 2
+    # each once when it is made, once for the error of the whole model, and in three timed forwards
+    assert [calls.count(m) for m in fused] == [5, 5]
+    assert all(row.seconds_after > 0 for row in report.layers)
 
 
 def test_times_are_of_both_by_turns(monkeypatch):
@@ -180,6 +270,21 @@ def check_untouched(model, before, modules, names):
     assert getattr(model.config, "quantization_config", None) is None
     assert set(vars(model)) == names
     assert apply_plan(model, FastPlan(attention=Window(window=6)))
+
+
+def test_int8_is_undone_too(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    model = tiny("llama")
+    before, modules, names = output(model, inputs("llama")), dict(model.named_modules()), set(vars(model))
+
+    def fail(*given):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(VERB, "measure", fail)
+    with pytest.raises(ValueError, match="broken"):
+        convert(model, FastPlan(feed_forward=Int8()), BATCHES)
+    assert type(model.model.layers[0].mlp) is type(tiny("llama").model.layers[0].mlp)
+    check_untouched(model, before, modules, names)
 
 
 @pytest.mark.parametrize("where", ["calibrate", "measure"])

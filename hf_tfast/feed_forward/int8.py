@@ -57,8 +57,7 @@ class Int8(Form):
             weight, bias = weight_of(layer, path).detach(), bias_of(layer)
             check_finite(weight, path)
             block.replace(path, made(weight, bias, float(self.threshold)))
-        for path in block.paths:
-            module = block.get(path)
+        for module in [each for path in block.paths for each in block.get(path).modules()]:
             if isinstance(module, ActivationQuantized) and step_of(module.levels) is not None:
                 module.integers = True  # its codes go straight into the product
         return dict.fromkeys(block.paths, "int8")

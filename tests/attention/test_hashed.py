@@ -131,8 +131,7 @@ def test_work_is_linear_whatever_the_buckets(causal):
             }[kind]
             keys = torch.zeros_like(keys) if kind in ("one", "few queries") else keys
             done.append(work(queries, keys, 64, causal))
-        assert done[1] <= 2.5 * done[0], f"{kind}: {done}"
-        assert done[2] <= 2.2 * done[1], f"{kind}: {done}"
+        assert done[2] <= 4.6 * done[0], f"{kind}: {done}"
         assert done[2] <= 8192 * 64 * 6, f"{kind}: {done}"
 
 

@@ -1,0 +1,131 @@
+"""`tfast bench`: a grid of cases, or a suite."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._app import Json, Out, Overwrite, app, print_json, refuse_given, was_given, whole_numbers
+
+GRID_OPTIONS = (
+    "mechanism", "field", "lengths", "dtypes", "passes", "causal", "heads", "kv_heads", "width", "batch",
+    "left_padding",
+)  # fmt: skip
+
+LONG_OPTIONS = ("resume", "minutes", "quick", "update")
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    mechanism: Annotated[
+        list[str] | None,
+        typer.Option(help="One, or one with its own fields: window:window=256,sinks=4. Repeatable; all by default."),
+    ] = None,
+    field: Annotated[list[str] | None, typer.Option(help="Of every mechanism that has it: window=256.")] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, comma-separated.")
+    ] = "512,1024,2048,4096,8192,16384,32768,65536",
+    dtypes: Annotated[str, typer.Option(help="Any of fp32, bf16, fp16, fp64.")] = "fp32,bf16",
+    passes: Annotated[str, typer.Option(help="Any of forward, both (forward and backward).")] = "forward,both",
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="May a query read what follows?")] = True,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads; as many as query heads by default.")] = None,
+    width: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    level: Annotated[str, typer.Option(help="kernel, or module: with the projections of a layer.")] = "kernel",
+    left_padding: Annotated[int, typer.Option(help="Padding tokens in front of every row.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Instead of a grid: targets, modules (every mechanism), peers (Transformers' own modules)."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Samples of each competitor at most, taken in turns.")] = 7,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Budget of one competitor in one case: 5, in a suite 60. What is over is skipped."),
+    ] = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="modules, peers: go on with the folder of an earlier session.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="modules, peers: begin no race after so many; --resume goes on.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="modules, peers: short lengths, to see that it runs.")
+    ] = False,
+    update: Annotated[
+        Path | None, typer.Option(help="modules, peers: renew the tables between their markers on this page.")
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plots over the length.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Time mechanisms against SDPA of the same dtype, in turns, with peak memory; losses are left in."""
+    from ..benchmarking import bench as runs
+    from ..benchmarking.suites import LONG
+    from ..benchmarking.terminal import progress, show_timings
+    from ..benchmarking.workload import Case
+
+    if suite in LONG:
+        _long_suite(context, suite)
+        return
+    refuse_given(context, LONG_OPTIONS, f"only --suite {' and --suite '.join(LONG)} take")
+    output = runs.Output(out=out, overwrite=overwrite, plots=plots)
+    if suite is not None:
+        refuse_given(context, GRID_OPTIONS, f"--suite {suite} brings its own cases; leave out")
+        budget = 60.0 if seconds is None else seconds
+        with progress(as_json) as report:
+            given = {"device": device, "level": level}
+            folder, records = runs.bench_suite(suite, output, rounds=rounds, seconds=budget, report=report, base=given)
+    else:
+        who = runs.parse_mechanisms(mechanism or [], field or [], causal)
+        tokens = whole_numbers(lengths)
+        groups = heads if kv_heads is None else kv_heads
+        base = Case(
+            length=tokens[0], causal=causal, heads=heads, kv_heads=groups, width=width, batch=batch,
+            level=level, left_padding=left_padding, device=device,
+        )  # fmt: skip
+        cases = runs.grid(base, tokens, dtypes.split(","), passes.split(","))
+        with progress(as_json) as report:
+            folder, records = runs.bench(
+                cases, who, output, rounds=rounds, seconds=5.0 if seconds is None else seconds, report=report
+            )
+    if as_json:
+        print_json({"folder": str(folder), "records": records})
+    else:
+        show_timings(records, folder)
+
+
+def _long_suite(context: typer.Context, name: str) -> None:
+    """`tfast bench --suite` of a suite that takes minutes; options are read from the context, as they were given."""
+    from ..benchmarking.campaign import LENGTHS, QUICK, Run, conduct
+    from ..benchmarking.pages import renew
+    from ..benchmarking.suites import long_suite
+    from ..benchmarking.terminal import progress, show_page
+
+    unused = set(GRID_OPTIONS) - {"lengths", "dtypes", "passes"} | {"level"}
+    refuse_given(context, tuple(sorted(unused)), f"--suite {name} brings its own cases; leave out")
+    said = context.params
+    if said["overwrite"]:
+        raise ValueError(f"--suite {name} overwrites nothing: name another folder with --out, or go on with --resume")
+    if said["quick"] and was_given(context, "lengths"):
+        raise ValueError("--quick brings its own lengths; leave out --lengths")
+    given: dict[str, Any] = {"lengths": QUICK if said["quick"] else LENGTHS}
+    if was_given(context, "lengths"):
+        given["lengths"] = whole_numbers(said["lengths"])
+    for option in ("dtypes", "passes"):
+        if was_given(context, option):
+            given[option] = said[option].split(",")
+    given |= {option: said[option] for option in ("rounds", "seconds") if was_given(context, option)}
+    given |= {option: said[option] for option in ("out", "resume", "minutes", "plots")}
+    chosen = long_suite(name)
+    with progress(said["as_json"]) as report:
+        folder, records = conduct(chosen, Run(**given, base={"device": said["device"]}), report)
+    if said["update"] is not None:
+        renew(said["update"], name, chosen.markdown(records))
+    if said["as_json"]:
+        print_json({"folder": str(folder), "records": records})
+    else:
+        show_page(chosen.markdown(records), folder)

@@ -30,6 +30,10 @@ def convert_model(
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration row.")] = 512,
     tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 32768,
+    recovery_steps: Annotated[
+        int,
+        typer.Option(help="Steps of fitting each feed-forward to the dense one's outputs on the calibration text."),
+    ] = 0,
     rounds: Annotated[int, typer.Option(help="Timed forwards of the dense and of the converted model.")] = 5,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     as_json: Json = False,
@@ -44,7 +48,7 @@ def convert_model(
 
     request = Request(
         model=model, plan=read_plan(plan, attention, feed_forward), out=out, calibration=calibration,
-        length=length, tokens=tokens, rounds=rounds, dtype=dtype,
+        length=length, tokens=tokens, rounds=rounds, dtype=dtype, recovery_steps=recovery_steps,
     )  # fmt: skip
     with progress(as_json) as report:
         found = convert_folder(request, report)

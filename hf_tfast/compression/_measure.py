@@ -22,7 +22,7 @@ from ..feed_forward._fused import FusedInt8
 from ._batches import Batch, evaluating, forward, valid_rows
 from ._twin import Twin
 
-__all__ = ["Measured", "Span", "measure"]
+__all__ = ["Measured", "Span", "error_of", "measure", "output_of", "seconds_of"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,13 @@ def measure(
             before, y = _record(model, spans, batch)
             twin.converted()
             after, _ = _record(model, spans, batch, given=before)
-            whole.error = _error(*(_valid(model, batch, _stack(model), each) for each in (y, _output(model, batch))))
+            whole.error = error_of(
+                *(_valid(model, batch, _stack(model), each) for each in (y, output_of(model, batch)))
+            )
             for n, span in enumerate(spans):
                 pair = [[_valid(model, batch, span.stack, o) for o in r[n].outputs] for r in (before, after)]
                 if [o.shape for o in pair[0]] == [o.shape for o in pair[1]] and pair[0]:
-                    found[n].error = _error(*(torch.cat(outputs) for outputs in pair))
+                    found[n].error = error_of(*(torch.cat(outputs) for outputs in pair))
             del before, after, y
             if rounds:
                 _time(model, spans, twin, batch, rounds, found, whole)
@@ -102,7 +104,7 @@ def _record(
                 stack.callback(handle.remove)
             handle = model.get_submodule(span.end).register_forward_hook(_writer(records[n]))
             stack.callback(handle.remove)
-        y = _output(model, batch)
+        y = output_of(model, batch)
     return records, y
 
 
@@ -125,7 +127,7 @@ def _writer(record: _Record) -> Callable[..., None]:
     return hook
 
 
-def _output(model: PreTrainedModel, batch: Batch) -> Tensor:
+def output_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The first thing that a model gives: logits, or hidden states."""
     found = forward(model, batch)
     logits = getattr(found, "logits", None)
@@ -147,7 +149,7 @@ def _valid(model: PreTrainedModel, batch: Batch, stack: str, x: Tensor) -> Tenso
         return x.reshape(-1, x.shape[-1])
 
 
-def _error(y: Tensor, other: Tensor) -> float:
+def error_of(y: Tensor, other: Tensor) -> float:
     """||other - y|| / ||y||, 0 where both are zero."""
     wide, norm = (other.double() - y.double()).norm(), y.double().norm()
     return float(wide / norm) if norm else float(wide and torch.inf)
@@ -166,13 +168,13 @@ def _time(
     for n in range(rounds):
         for put in (twin.dense, twin.converted) if n % 2 == 0 else (twin.converted, twin.dense):
             put()
-            sides[put].append(_timed(model, spans, batch))
+            sides[put].append(seconds_of(model, spans, batch))
     before, after = ([median(column) for column in zip(*rows, strict=True)] for rows in sides.values())
     for row, was, now in zip([*found, whole], before, after, strict=True):
         row.seconds_before, row.seconds_after = was, now
 
 
-def _timed(model: PreTrainedModel, spans: Sequence[Span], batch: Batch) -> list[float]:
+def seconds_of(model: PreTrainedModel, spans: Sequence[Span], batch: Batch) -> list[float]:
     """Seconds of each span in one forward, and of the forward."""
     seconds, began = [0.0] * len(spans), [0.0] * len(spans)
 

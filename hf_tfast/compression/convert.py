@@ -5,12 +5,13 @@
     model.save_pretrained("fast")
 
 Order    attention first, so that calibration sees what the layers will read; then, per layer, Pruned, LowRank or
-         TensorTrain, Activation, Int8, each made from what the ones before left.
+         TensorTrain, Activation, each made from what the ones before left, recovery, Int8.
 Memory   the moments of calibration (see moments.py), and the dense feed-forwards until the report is made.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ._batches import Batch, checked, cropped, evaluating
 from ._measure import Measured, Span, measure
 from ._twin import Twin
 from .moments import Planned, gather
+from .recovery import Recovery
 from .report import Basis, Before, Conversion, converted
 
 __all__ = ["convert"]
@@ -43,6 +45,7 @@ def convert(
     plan: FastPlan,
     calibration: Iterable[Mapping[str, Any] | Tensor] | None = None,
     *,
+    recovery_steps: int = 0,
     rounds: int = 5,
     report_to: str | Path | None = None,
 ) -> tuple[PreTrainedModel, Conversion]:
@@ -52,6 +55,8 @@ def convert(
                   thousand tokens of the kind that it will read. Forms made from data and causal SVD need it; errors
                   and times are measured on it, of several batches on the last, which is then used for nothing else.
                   None: no error and no time is measured.
+    recovery_steps   steps of fitting each converted feed-forward to the dense one's outputs on the calibration data,
+                  before Int8 stores it (see recovery.py); 0: none.
     rounds        forwards of the dense and of the converted model, by turns, that are timed; 0 times nothing.
     report_to     folder to make for the report: report.json, report.md, plot.png. It must not exist.
 
@@ -59,8 +64,9 @@ def convert(
     empty, not finite or too short, and where anything else than the planned layers would change.
     """
     check_new_plan(model, plan)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise ValueError(f"rounds is a whole number of at least 0, got {rounds!r}")
+    for name, given in (("rounds", rounds), ("recovery_steps", recovery_steps)):
+        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+            raise ValueError(f"{name} is a whole number of at least 0, got {given!r}")
     if report_to is not None:
         need_matplotlib()
         if Path(report_to).exists():
@@ -71,7 +77,8 @@ def convert(
     used = batches[:-1] if batches is not None and len(batches) > 1 else batches
     before = Before(model)
     with _undone_on_failure(model, before), evaluating(model):
-        put_plan(model, plan, _moments(model, plan, planned, used))
+        moments, recovery = _seen(model, plan, planned, used, recovery_steps)
+        put_plan(model, plan, moments, None if recovery is None else recovery.fit)
         twin = Twin(model, before.modules)
         twin.check([path for block, _ in planned for path in block.paths], before.types)
         if lacking(model):
@@ -85,24 +92,33 @@ def convert(
         layers = [converted(model, before, planned, *each) for each in zip(spans, found, strict=True)]
         basis = None if batches is None or held is None else Basis.of(model, held, len(batches) > 1, rounds)
         report = Conversion.of(model, before, planned, layers, whole, basis)
+        if recovery is not None:
+            report = replace(report, recovery_steps=recovery_steps)
     if report_to is not None:
         report.write(report_to)
     return model, report
 
 
-def _moments(model: PreTrainedModel, plan: FastPlan, planned: Planned, used: list[Batch] | None) -> dict[str, Moments]:
-    """Of the inputs that the planned forms ask for, under the plan's attention, which is taken off again."""
+def _seen(
+    model: PreTrainedModel, plan: FastPlan, planned: Planned, used: list[Batch] | None, steps: int
+) -> tuple[dict[str, Moments], Recovery | None]:
+    """What the plan takes from data, under its attention, which is taken off again: moments of the inputs that forms
+    ask for, and rows for recovery."""
     form = next((form for _, forms in planned for form in forms if form.calibrated), None)
-    if form is None:
-        return {}
-    batches = _needed(used, f"{form!r} is")
+    if form is None and not steps:
+        return {}, None
+    batches = _needed(used, "recovery is" if form is None else f"{form!r} is")
+
+    def read() -> tuple[dict[str, Moments], Recovery | None]:
+        return gather(model, planned, batches), Recovery(model, planned, batches, steps) if steps else None
+
     if plan.attention is None:
-        return gather(model, planned, batches)
+        return read()
     put_plan(model, FastPlan(attention=plan.attention))
     try:
         if lacking(model):
             calibrate(model, batches)
-        return gather(model, planned, batches)
+        return read()
     finally:
         take_off(model)
 

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 
 from ..attention import mechanism_from_dict
 from ..benchmarking.folder import check_new, new_folder
-from ..feed_forward import form_from_dict
+from ..feed_forward import Form, form_from_dict
 from ..integration.plan import FastPlan
 from ..models import modeling_tfast, modeling_tfast_heads, modeling_tfast_seq2seq
 from .convert import convert
 from .report import Conversion
 
-__all__ = ["Request", "convert_folder", "read_batches", "read_plan"]
+__all__ = ["Request", "convert_folder", "read_batches", "read_forms", "read_plan"]
 
 MARK = "config.json"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +41,7 @@ class Request:
     tokens       of the text at most.
     dtype        of the weights: "auto" as the checkpoint has them, or float32, bfloat16, float16.
     rounds       forwards of each that are timed.
+    recovery_steps   steps of fitting each feed-forward to the dense one's outputs.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Request:
     tokens: int = 32768
     dtype: str = "auto"
     rounds: int = 5
+    recovery_steps: int = 0
 
 
 def convert_folder(request: Request, report: Callable[[str], None] = lambda text: None) -> Conversion:
@@ -76,7 +78,7 @@ def convert_folder(request: Request, report: Callable[[str], None] = lambda text
     report(f"loading {request.model}")
     model = model_class(config).from_pretrained(request.model, dtype=DTYPES[request.dtype])
     report("converting")
-    model, found = convert(model, request.plan, batches, rounds=request.rounds)
+    model, found = convert(model, request.plan, batches, rounds=request.rounds, recovery_steps=request.recovery_steps)
     report("saving")
     with new_folder(request.out, mark=MARK) as working:
         model.save_pretrained(working)
@@ -134,11 +136,16 @@ def read_plan(file: Path | None, attention: str | None, feed_forward: str | None
         return FastPlan(**given)
     if attention is None and feed_forward is None:
         raise ValueError("nothing to do: give --plan FILE, --attention or --feed-forward")
-    forms = [form_from_dict(_words(part, "form")) for part in (feed_forward or "").split("+") if part.strip()]
+    forms = read_forms(feed_forward or "")
     return FastPlan(
         attention=None if attention is None else mechanism_from_dict(_words(attention, "mechanism")),
         feed_forward=forms or None,
     )
+
+
+def read_forms(text: str) -> list[Form]:
+    """ "pruned:ratio=0.75 + int8" as forms, in that order; none of an empty text."""
+    return [form_from_dict(_words(part, "form")) for part in text.split("+") if part.strip()]
 
 
 _FIELDS = ("attention", "feed_forward", "base")

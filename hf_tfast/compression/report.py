@@ -106,6 +106,7 @@ class Conversion:
     seconds_after: float | None
     basis: Basis | None
     environment: dict[str, Any]
+    recovery_steps: int = 0
 
     @classmethod
     def of(
@@ -195,10 +196,11 @@ class Conversion:
             return "Without calibration data no error and no time is measured."
         b = self.basis
         which = "a batch that calibration did not see" if b.held_out else "the calibration batch itself"
+        fitted = f" Feed-forwards were fitted in {self.recovery_steps} steps each." if self.recovery_steps else ""
         timed = f"medians of {b.rounds} forwards by turns" if b.rounds else "not timed"
         warning = busy(self.environment)
         return (
-            f"Error and time on {which}: {b.rows} rows, {b.tokens} tokens, {b.dtype}, {b.device}; {timed}. "
+            f"Error and time on {which}: {b.rows} rows, {b.tokens} tokens, {b.dtype}, {b.device}; {timed}.{fitted} "
             f"{describe(self.environment)}{f'. Note: {warning}' if warning and b.rounds else ''}"
         )
 

@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ._moments import Moments
 
+STORES = 3  # order of the forms that store what the others have made: no weight can be trained after them
+
 Size = dict[str, Any]  # path of a replaced layer -> what the weights decided, in JSON's types
 
 

@@ -5,6 +5,7 @@
     random       the same from a random sketch of W: faster to make, nearly as good
     activation   S F = the best approximation of the outputs W x over the calibration data: with C = E[x x^T],
                  W C^1/2 is cut to the rank and C^-1/2 undone. With a bias, C is centred and b takes up the mean error.
+    recover      of svd and random: F stays, S = W C F^T (F C F^T)^-1 is the best for it over the calibration data
 
 Shapes   x [.. in]   ->   [.. out]
 Cost     rank (in + out) multiplications and parameters instead of in out: both less where rank < in out / (in + out)
@@ -32,7 +33,7 @@ OVERSAMPLING, POWERS = 16, 2  # of the random sketch
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Form):
     """One of: `rank` itself; `ratio`, the share of the layer's weights that the factors hold; `energy`, the share of
-    the squared singular values that must stay."""
+    the squared singular values that must stay. `recover`: see above; `activation` has the best of both already."""
 
     name: ClassVar[str] = "low_rank"
     order: ClassVar[int] = 1
@@ -41,6 +42,7 @@ class LowRank(Form):
     ratio: float | None = None
     energy: float | None = None
     method: str = "svd"
+    recover: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,12 +57,14 @@ class LowRank(Form):
                 raise ValueError(f"{name} is a share above 0 and up to 1, got {value!r}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.recover and self.method == "activation":
+            raise ValueError("method='activation' is the least-squares answer for both factors: leave recover out")
         if self.energy is not None and self.method == "random":
             raise ValueError("energy needs all singular values, and method='random' finds only the first: give a rank")
 
     @property
     def calibrated(self) -> bool:
-        return self.method == "activation"
+        return self.method == "activation" or self.recover
 
     @property
     def from_shapes(self) -> bool:
@@ -104,9 +108,9 @@ class LowRank(Form):
         """F, S and the bias, in the weight's dtype; computed in at least fp32."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         undo, b = None, None if bias is None else bias.to(wide)
-        if moments is not None:
-            seen = moments.second if bias is None else moments.covariance
-            root, undo = roots(seen.to(wide.device))
+        seen = None if moments is None else (moments.second if bias is None else moments.covariance).to(wide.device)
+        if seen is not None and self.method == "activation":
+            root, undo = roots(seen)
             root, undo = root.to(wide.dtype), undo.to(wide.dtype)
             wide = wide @ root
         if self.method == "random" and rank is not None and rank < min(wide.shape):
@@ -119,11 +123,13 @@ class LowRank(Form):
             rank = min(int((share < self.energy - 1e-12).sum()) + 1, len(s))  # type: ignore[operator]
         scale = s[:rank].sqrt()
         first, second = (v[:, :rank] * scale).mT, u[:, :rank] * scale
-        if undo is not None and moments is not None:
+        if undo is not None:
             first = first @ undo
-            if b is not None:
-                mean = moments.mean.to(first)
-                b = b + weight.to(first) @ mean - second @ (first @ mean)
+        elif seen is not None:
+            second = second_of(weight, first, seen)
+        if moments is not None and b is not None:
+            mean = moments.mean.to(first)
+            b = b + weight.to(first) @ mean - second @ (first @ mean)
         kind = same_kind(weight)
         return first.to(**kind), second.to(**kind), None if b is None else b.to(**kind)
 
@@ -166,6 +172,14 @@ def roots(second: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.where(lit, values, 0).sqrt()
     undo = torch.where(lit, values, torch.inf).rsqrt()
     return (vectors * root) @ vectors.mT, (vectors * undo) @ vectors.mT
+
+
+def second_of(weight: Tensor, first: Tensor, seen: Tensor) -> Tensor:
+    """S [out rank] of least squared error of S F x as W x, in F's dtype: W [out in], F [rank in], C [in in] fp64.
+    Directions of F x that the data does not have stay zero, as in `roots`."""
+    wide, f = weight.to(seen), first.to(seen)
+    _, undo = roots(f @ seen @ f.mT)
+    return (wide @ seen @ f.mT @ undo @ undo).to(first)
 
 
 def sketch(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..feed_forward import Block, Form, Moments
+from ..feed_forward._base import STORES
 from ..feed_forward._fused import unfuse
 from ._feed_forwards import feed_forwards
 from ._modules import Found, Survey, survey
@@ -39,11 +40,15 @@ def planned_blocks(model: PreTrainedModel, plan: FastPlan) -> list[tuple[Block, 
 
 
 def make_forms(
-    model: PreTrainedModel, plan: FastPlan, moments: dict[str, Moments] | None = None
+    model: PreTrainedModel,
+    plan: FastPlan,
+    moments: dict[str, Moments] | None = None,
+    fit: Callable[[Block, tuple[Form, ...]], None] | None = None,
 ) -> tuple[Sizes, Callable[[], None]]:
     """Replace the planned feed-forwards, from their weights, in place: the sizes, and a function that undoes it.
 
     moments   of the inputs of their layers, where a form is made from data (see compression's `convert`).
+    fit       called with every block and its forms while all its weights can still be trained (compression's recovery).
 
     ValueError, with nothing changed, where weights are not here or do not suit a form.
     """
@@ -66,9 +71,12 @@ def make_forms(
     try:
         seen = dict(moments) if moments is not None else None  # pruning narrows what later forms see
         for block, forms in wanted:
-            sizes[block.down] = [form.apply(block, moments=seen) for form in forms]
+            sizes[block.down] = [form.apply(block, moments=seen) for form in forms if form.order < STORES]
+            if fit is not None:
+                fit(block, forms)
+            sizes[block.down] += [form.apply(block, moments=seen) for form in forms if form.order >= STORES]
         finish_forms(model, wanted)
-    except Exception:
+    except BaseException:  # Ctrl-C during a fit too
         undo()
         raise
     return sizes, undo
@@ -131,9 +139,11 @@ def check_filled(model: PreTrainedModel, expected: list[str]) -> None:
 def restore_forms(model: PreTrainedModel, plan: FastPlan) -> None:
     """Put the dense layers back. ValueError, with nothing changed, where a form has thrown their weights away."""
     if lost := [form for form in plan.every_form if not form.lossless]:
+        rounded = "; hf_tfast.dequantise(model) gives plain layers with the rounded weights"
         raise ValueError(
             f"{lost[0]!r} has replaced the dense weights, which cannot be computed back: load the dense checkpoint "
             "again, or take off the attention alone with remove_plan(model, attention_only=True)"
+            f"{rounded if lost[0].name == 'int8' else ''}"
         )
     for block, forms in planned_blocks(model, plan):
         for form in reversed(forms):

@@ -1,5 +1,6 @@
 """apply_plan and remove_plan: put a plan on a live model and take it off."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 from ..attention import Mechanism, mechanisms
 from ..attention.dense import Dense
-from ..feed_forward import Moments
+from ..feed_forward import Block, Form, Moments
 from ._basis import is_causal, remove_basis
 from ._forms import Sizes, make_forms, restore_forms
 from ._modules import Found, Survey, heads_of, parts_of, survey
@@ -67,9 +68,14 @@ def _on_a_base(model: PreTrainedModel) -> bool:
     return isinstance(given, BitsAndBytesConfig) and isinstance(getattr(model, "hf_quantizer", None), HfQuantizer)
 
 
-def put_plan(model: PreTrainedModel, plan: FastPlan, moments: dict[str, Moments] | None = None) -> PreTrainedModel:
-    """`apply_plan` after its checks; `moments` of the inputs of feed-forward layers, for forms made from data."""
-    sizes, undo = make_forms(model, plan, moments)
+def put_plan(
+    model: PreTrainedModel,
+    plan: FastPlan,
+    moments: dict[str, Moments] | None = None,
+    fit: Callable[[Block, tuple[Form, ...]], None] | None = None,
+) -> PreTrainedModel:
+    """`apply_plan` after its checks; `moments` and `fit` as `make_forms` takes them."""
+    sizes, undo = make_forms(model, plan, moments, fit)
     try:
         _own_configs(model)
         implementation = stamp_model(model, plan, dense=_implementation(model.config))

@@ -72,6 +72,38 @@ def test_activation_is_the_best_of_its_rank_on_the_data(rank, bias):
         assert found < plain
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["svd", "random"])
+def test_recovery_is_least_squares_given_the_first_factor(method, bias):
+    given, plain, dense = (block("plain", method, bias=bias) for _ in range(3))
+    x = inputs(method)
+    LowRank(rank=6, method=method, recover=True).apply(given, moments=moments(dense, x))
+    LowRank(rank=6, method=method).apply(plain)
+    for path in dense.paths:
+        assert torch.equal(given.get(path).first.weight, plain.get(path).first.weight)
+        reads = x if path == "up" else dense.model.inner(x)
+        with torch.no_grad():
+            y = dense.get(path)(reads)
+            z = given.get(path).first(reads)
+            z = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1) if bias else z
+            best = (z @ torch.linalg.lstsq(z, y).solution - y).square().sum()
+            found, unfitted = ((each.get(path)(reads) - y).square().sum() for each in (given, plain))
+        torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-7)
+        assert found < unfitted
+
+
+def test_recovery_helps_on_data_that_it_has_not_seen():
+    given, plain, dense = (block("gated", "held") for _ in range(3))
+    seen, held = inputs("seen", rows=600).split(300)
+    LowRank(rank=6, recover=True).apply(given, moments=moments(dense, seen))
+    LowRank(rank=6).apply(plain)
+    assert error(given, dense, held) < error(plain, dense, held)
+    with pytest.raises(ValueError, match="leave recover out"):
+        LowRank(rank=6, method="activation", recover=True)
+    with pytest.raises(ValueError, match="calibration=batches"):
+        LowRank(rank=6, recover=True).apply(block("gated"))
+
+
 def test_activation_leaves_out_what_the_data_does_not_have():
     given, dense = block("plain", "dead", bias=False), block("plain", "dead", bias=False)
     x = inputs("dead", rank=5)

@@ -3,7 +3,8 @@
     o_i = sum_j p_ij v_j,   p_i = softmax over {j : allowed(i, j)} of (q_i . k_j) * scale
     allowed(i, j) = j in the window of i, or in some round bucket(q_i) = bucket(k_j) and j is among the `cap` last keys
                     of that bucket up to i; without causality among the ceil(cap / 2) last up to i or the
-                    floor(cap / 2) first after it. The window is as in Window.
+                    floor(cap / 2) first after it. The window is as in Window; 0 is none, not even the query's own
+                    position: a query that finds nothing then reads zeros.
     bucket(x)     = argmax of [x R, -x R], R [d 2^(bits - 1)] with orthonormal columns (several such sets if there are
                     more than d): the nearest corner of a turned cross-polytope. Beyond 8 bits, of several in a row
 
@@ -56,7 +57,7 @@ class RunChoice(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class Hashed(Chosen):
-    """At most `cap` keys of the query's bucket among 2^bits, in each of `rounds`, and `window` neighbours."""
+    """At most `cap` keys of the query's bucket among 2^bits, in each of `rounds`, and `window` neighbours or none."""
 
     name: ClassVar[str] = "hashed"
     small: ClassVar[dict[str, Any]] = {"bits": 2, "rounds": 3, "cap": 6, "window": 4}
@@ -77,7 +78,7 @@ class Hashed(Chosen):
                 f"rounds must be at most {MOST_ROUNDS}, got {self.rounds}: fewer bits or a larger cap reads more"
             )
         whole("cap", self.cap, 1)
-        whole("window", self.window, 1)
+        whole("window", self.window, 0)
         whole("seed", self.seed, -(2**63))
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class Hashed(Chosen):
         return RunChoice(**Choice.place(q, k, mask, score), runs=runs)
 
     def allowed(self, choice: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, causal: bool = False) -> Tensor:
-        near = i - j < self.window if causal else (i - j).abs() <= self.window
+        near = i - j < self.window if causal else ((i - j).abs() <= self.window) & (self.window > 0)
         return near | choice.allows(b, h, i, j)
 
     def fast(
@@ -104,8 +105,9 @@ class Hashed(Chosen):
     ) -> Tensor:
         choice = self.at(q, k, mask, score, choice)
         sizes, at = Sizes.of(q, k, mask.causal), mask.positions(k.shape[2], q.device)
-        runs = choice.runs.join(Runs.window(sizes, self.window, at))
-        reach = (self.cap, self.window)
+        runs, reach = choice.runs, (self.cap,) * self.rounds
+        if self.window:
+            runs, reach = runs.join(Runs.window(sizes, self.window, at)), (*reach, self.window)
         lists = list(run_lists(sizes, runs, reach, tile_size(max(sizes.i * (sizes.h // sizes.g), 1), self.bits)))
         return attend_lists(q, k, v, lists, score, at)
 

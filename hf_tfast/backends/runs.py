@@ -123,16 +123,16 @@ def _starts(*columns: Tensor) -> Tensor:
     return new.nonzero().view(-1)
 
 
-def run_lists(sizes: Sizes, runs: Runs, reach: tuple[int, int], size: int) -> Iterator[Tiles]:
+def run_lists(sizes: Sizes, runs: Runs, reach: tuple[int, ...], size: int) -> Iterator[Tiles]:
     """Every query against its runs, tile by tile; a pair is read in the first round that has it.
 
-    reach   how many keys a run may hold up to the query's own position, per round: the first rounds, the last one.
+    reach   how many keys a run may hold up to the query's own position, per round.
     size    queries of a tile under causality; else a tile holds a bucket, or an even part of a large one.
     """
     seen = _Seen(sizes, runs)
     last = len(runs.order) - 1
     for r in (last, *range(last)):  # a query's own window first: its scores are a good stabiliser for the others
-        yield from _Round(sizes, runs, seen, r, reach[r == last], size).tiles()
+        yield from _Round(sizes, runs, seen, r, reach[r], size).tiles()
 
 
 class _Seen:

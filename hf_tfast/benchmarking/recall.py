@@ -6,7 +6,6 @@ queries and keys give it most of the weight, and nobody has to look for it.
 """
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,17 +13,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..attention import Mask, Mechanism, Score, attend
-from ..attention.hashed import Hashed
+from ..attention.hashed import MOST_BITS, Hashed
 from .peer_modules import CHUNK, Built, reformer_module
 from .workload import Case, Inputs, join, make_inputs, split
 
 QUERIES = 128  # evenly spaced queries whose whole rows are looked at
-ROUNDS, CAPS, NEAR = (
-    (1, 2, 3, 4, 5, 6, 8, 10, 12),
-    (32, 64, 128, 256),
-    2,
-)  # the grid; NEAR: more or fewer bits than log2
-TRIED = 6  # settings with the fewest pairs that are timed
+ROUNDS, MOST = 8, 1024  # of every number of rounds up to ROUNDS the least cap up to MOST that suffices is taken
+FEWER, MORE = 3, 4  # bits: from so many fewer to so many more than make buckets of 128 keys
+ROUND = 256  # what a round costs beside its pairs, in pairs of a query: hashing, sorting, gathers
+TRIED = 6  # settings that should cost least are timed
 
 
 def evenly(length: int, count: int) -> Tensor:
@@ -97,10 +94,10 @@ def reformer_pairs(buckets: Tensor, length: int, few: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(case: Case, hashes: int) -> dict[str, Any]:
-    """The cheapest `Hashed` of a small grid that finds at least what Reformer finds with `hashes`; both figures.
+    """The cheapest `Hashed` that finds at least what Reformer finds with `hashes`; both figures.
 
-    Of every number of bits and cap, the fewest rounds that suffice are taken; of these, the ones that read the fewest
-    pairs are timed, forward and backward, and the fastest wins. "mechanism" is None where the grid does not reach it.
+    Of every number of bits and rounds, the least cap that suffices is taken; of these, the ones that should cost least
+    are timed, forward and backward, and the fastest wins. "mechanism" is None where none suffices.
     """
     inputs = make_inputs(case)
     x, w_qk, _, w_v, _ = inputs.tensors
@@ -109,34 +106,46 @@ def match(case: Case, hashes: int) -> dict[str, Any]:
     weights, itself = off_diagonal(q, k, few), torch.arange(case.length) == few[:, None]
     theirs = reformer_pairs(reformer_module(case, inputs, hashes)(x).buckets, case.length, few) & ~itself
     wanted = (weights * theirs).sum(-1).mean().item()
-    found = []
-    for bits in range(max(1, case.length.bit_length() - 7 - NEAR), case.length.bit_length() - 7 + NEAR):
-        for cap in CAPS:
-            for mechanism, recall, seen in _rising(bits, cap, q, k, weights, few):
-                if recall >= wanted:
-                    found.append((seen, recall, mechanism))
-                    break
+    usual = case.length.bit_length() - 8
+    found = [entry for bits in range(max(1, usual - FEWER), min(MOST_BITS, usual + MORE) + 1)
+             for entry in _sufficient(bits, q, k, weights, few, wanted)]  # fmt: skip
     found.sort(key=lambda entry: entry[0])
-    timed = [(_time(case, entry[2]), entry) for entry in found[:TRIED]]
-    best = min(timed, key=lambda entry: entry[0])[1] if timed else (None, None, None)
+    timed = [(_time(case, mechanism), mechanism) for _, mechanism in found[:TRIED]]
+    best = min(timed, key=lambda entry: entry[0])[1] if timed else None
+    recall = share = None
+    if best is not None:
+        seen = pairs(best, q, k, Mask(), few, best.choose(q, k, Mask()))[0] & ~itself
+        recall, share = (weights * seen).sum(-1).mean().item(), seen.float().mean().item()
     return {
         "kind": "match", "series": f"Reformer {hashes}", "length": case.length, "hashes": hashes,
         "peer_recall": wanted, "peer_density": theirs.float().mean().item(),
-        "recall": best[1], "density": best[0], "mechanism": None if best[2] is None else best[2].to_dict(),
+        "recall": recall, "density": share, "mechanism": None if best is None else best.to_dict(),
         "reached_by": len(found), "content": case.content,
     }  # fmt: skip
 
 
-def _rising(
-    bits: int, cap: int, q: Tensor, k: Tensor, weights: Tensor, few: Tensor
-) -> Iterator[tuple[Hashed, float, float]]:
-    """Hashed with more and more rounds: itself, its recall and its density."""
+def _sufficient(
+    bits: int, q: Tensor, k: Tensor, weights: Tensor, few: Tensor, wanted: float
+) -> list[tuple[float, Hashed]]:
+    """With every number of rounds, the least cap at which the recall is `wanted`: what it should cost, itself."""
+    mechanism = Hashed(bits=bits, rounds=ROUNDS, cap=2 * k.shape[2], window=0)
+    runs, found = mechanism.choose(q, k, Mask()).runs, []
     itself = torch.arange(k.shape[2]) == few[:, None]
-    for rounds in ROUNDS:
-        mechanism = Hashed(bits=bits, rounds=rounds, cap=cap, window=1)
-        seen, _ = pairs(mechanism, q, k, Mask(), few, mechanism.choose(q, k, Mask()))
-        seen = seen & ~itself
-        yield mechanism, (weights * seen).sum(-1).mean().item(), seen.float().mean().item()
+    least = torch.full(weights.shape, MOST + 1, dtype=torch.int32)  # cap from which on a pair is read
+    for r in range(ROUNDS):
+        rank = runs.rank[r][:, :, None]
+        low, own, high = (x[r][:, :, few, None] for x in (runs.low, runs.own, runs.high))
+        cap = torch.where(rank < own, 2 * (own - rank) - 1, 2 * (rank - own) + 2)
+        least = torch.minimum(least, cap.masked_fill_((rank < low) | (rank >= high) | itself, MOST + 1))
+        of = least.flatten()
+        mass = torch.bincount(of, weights.flatten().double(), MOST + 2).cumsum(0) / weights[..., 0].numel()
+        seen = torch.bincount(of, minlength=MOST + 2).cumsum(0) / weights[..., 0].numel()
+        enough = (mass[: MOST + 1] >= wanted + 1e-6).nonzero()  # beside rounding
+        if len(enough):
+            cap = int(enough[0])
+            cost = seen[cap].item() + ROUND * (r + 1)
+            found.append((cost, Hashed(bits=bits, rounds=r + 1, cap=cap, window=0)))
+    return found
 
 
 def _time(case: Case, mechanism: Mechanism) -> float:

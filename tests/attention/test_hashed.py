@@ -16,6 +16,7 @@ OTHERS = (
     Hashed(bits=0, rounds=1, cap=9, window=2),
     Hashed(bits=3, rounds=2, cap=1, window=1, seed=-7),
     Hashed(bits=10, rounds=4, cap=50, window=3),
+    Hashed(bits=3, rounds=2, cap=3, window=0),
 )
 
 
@@ -53,7 +54,7 @@ def expected_pairs(mechanism, q, k, causal, first_head=0):
     away = at[j - i :, None] - at
     if causal:
         return (pairs | (away < mechanism.window)) & (away >= 0)
-    return pairs | (away.abs() <= mechanism.window)
+    return pairs | (away.abs() <= mechanism.window) & (mechanism.window > 0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -199,7 +200,7 @@ def test_buckets_are_nearest_corners(dtype):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"bits": -1}, {"bits": MOST_BITS + 1}, {"rounds": 0}, {"rounds": 65}, {"cap": 0}, {"window": 0}, {"seed": 1.5}],
+    [{"bits": -1}, {"bits": MOST_BITS + 1}, {"rounds": 0}, {"rounds": 65}, {"cap": 0}, {"window": -1}, {"seed": 1.5}],
     ids=str,
 )
 def test_bad_fields(fields):

@@ -93,9 +93,27 @@ def test_a_match_reaches_what_it_says():
     assert workload(SMALL, build, inputs)().shape == x.shape
 
 
+def test_the_least_cap_is_the_least():
+    """One key less in every bucket is not enough, and what is said to be enough is."""
+    x, w_qk, _, w_v, _ = make_inputs(SMALL, seed=random.randrange(1000)).tensors
+    q, k, _ = recall.shared(x, w_qk, w_v, SMALL.width)
+    few = recall.evenly(SMALL.length, 40)
+    weights, itself = recall.off_diagonal(q, k, few), torch.arange(SMALL.length) == few[:, None]
+
+    def found(mechanism):
+        seen, _ = recall.pairs(mechanism, q, k, recall.Mask(), few, mechanism.choose(q, k, recall.Mask()))
+        return (weights * (seen & ~itself)).sum(-1).mean().item()
+
+    sufficient = recall._sufficient(3, q, k, weights, few, 0.3)
+    assert sufficient
+    for _, mechanism in sufficient:
+        assert found(mechanism) >= 0.3
+        assert mechanism.cap == 1 or found(replace(mechanism, cap=mechanism.cap - 1)) < 0.3 + 1e-5
+
+
 def test_a_grid_that_does_not_reach_it_says_so(monkeypatch):
-    monkeypatch.setattr(recall, "CAPS", (1,))
-    monkeypatch.setattr(recall, "ROUNDS", (1,))
+    monkeypatch.setattr(recall, "MOST", 1)
+    monkeypatch.setattr(recall, "ROUNDS", 1)
     assert recall.match(SMALL, 4)["mechanism"] is None
 
 

@@ -44,6 +44,7 @@ def study(
         bool, typer.Option("--pause", help="Stop before the timing; --resume does it when the machine is quiet.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished study in --out.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="End after so many minutes; --resume goes on.")] = None,
     plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG of quality over bytes.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +57,6 @@ def study(
     from ..compression import study as studied
     from ..compression.folder import read_plan
     from ..compression.study_pages import markdown
-    from ..quickstart.encoder import DEMO_NAME
     from ..quickstart.quality import Retrieval
     from ..training.perplexity import Perplexity
 
@@ -65,34 +65,13 @@ def study(
         refuse_given(context, ("attention", "corpus", "calibration", "length"), "a trained model brings its own")
         if model is not None:
             raise ValueError("name an encoder or --training, not both")
-        causal = Perplexity(training)
-        given = {
-            "make": causal.make, "judge": causal.judge, "calibration": causal.calibration(tokens),
-            "held_out": causal.held_out(), "lower": ("perplexity",),
-            "about": {
-                "model": f"The causal model of {training}, fp32, sequences of {causal.length} tokens.",
-                "quality": f"Perplexity of {len(causal.rows)} sequences of texts held out of its training; "
-                "calibration on those it was trained on.",
-            },
-        }  # fmt: skip
+        given = Perplexity(training).subject(tokens)
     else:
-        plan = None if attention in (None, "none") else read_plan(None, attention, None)
-        found = Retrieval(model, corpus, length)
-        given = {
-            "make": found.make, "judge": found.judge, "calibration": found.calibration(calibration, tokens),
-            "held_out": found.held_out(), "attention": None if plan is None else plan.attention,
-            "about": {
-                "model": f"{model or DEMO_NAME}, fp32, at {length} tokens, attention in all rows: "
-                f"{'dense' if plan is None else plan.attention!r}.",
-                "quality": f"MRR: mean reciprocal rank of the right one for {len(found.corpus.queries)} queries, by "
-                f"vectors of {len(found.texts)} whole documents and of their passages by late chunking. Text: "
-                f"{found.corpus.source}; calibration on "
-                f"{'its other documents' if calibration is None else calibration.name}.",
-            },
-        }  # fmt: skip
+        mechanism = None if attention in (None, "none") else read_plan(None, attention, None).mechanism(0)
+        given = Retrieval(model, corpus, length).subject(mechanism, calibration, tokens)
     request = studied.Request(
         **given, cases=studied.parse(form or studied.STANDARD), rounds=rounds, pause=pause, resume=resume,
-        out=out, overwrite=overwrite, plots=plots,
+        minutes=minutes, out=out, overwrite=overwrite, plots=plots,
     )  # fmt: skip
     with progress(as_json) as report:
         try:

@@ -1,6 +1,6 @@
 """A converted model and what it was made from, in one: either can be put in place, to be compared in turns."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -14,16 +14,17 @@ __all__ = ["Twin"]
 
 
 class Twin:
-    """`before` are the modules of the dense model by path. `changed`: the paths at which conversion put others."""
+    """`before` are the modules of the dense model by path. `changed`: the paths at which conversion put others.
+    Modules in `own` run what the model's own config says, in both."""
 
-    def __init__(self, model: PreTrainedModel, before: dict[str, nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, before: dict[str, nn.Module], own: Collection[nn.Module] = ()) -> None:
         self.model = model
         after = dict(model.named_modules())
         other = {path for path in {**before, **after} if before.get(path) is not after.get(path)}
         self.changed = sorted(path for path in other if not any(above in other for above in _above(path)))
         self._before = {path: before.get(path) for path in self.changed}
         self._after = {path: after.get(path) for path in self.changed}
-        self._stamps = stamped_modules(model)
+        self._stamps = [each for each in stamped_modules(model) if each[0] not in own]
 
     def check(self, allowed: Iterable[str], types: dict[str, type]) -> None:
         """ValueError where a module was replaced, added or taken away that the plan does not name.

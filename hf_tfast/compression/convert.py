@@ -79,11 +79,11 @@ def convert(
     with _undone_on_failure(model, before), evaluating(model):
         moments, recovery = _seen(model, plan, planned, used, recovery_steps)
         put_plan(model, plan, moments, None if recovery is None else recovery.fit)
-        twin = Twin(model, before.modules)
+        twin = Twin(model, before.modules, before.stamped)
         twin.check([path for block, _ in planned for path in block.paths], before.types)
         if lacking(model):
             calibrate(model, _needed(used, "SVD of causal layers is"))
-        spans = [*map(_feed_forward, [block for block, _ in planned]), *_attention(model)]
+        spans = [*map(_feed_forward, [block for block, _ in planned]), *_attention(model, before)]
         found, whole = [Measured() for _ in spans], Measured()
         if held is not None:
             found, whole = measure(model, spans, twin, held, rounds)
@@ -133,11 +133,12 @@ def _feed_forward(block: Block) -> Span:
     return Span("feed_forward", block.stack, block.layer, block.ups, block.down)
 
 
-def _attention(model: PreTrainedModel) -> list[Span]:
+def _attention(model: PreTrainedModel, before: Before) -> list[Span]:
+    """Attention that the plan has changed; what the model's own config has stamped is none of it."""
     return [
         Span("attention", stamp.stack, stamp.layer, (stamp.path,), stamp.path)
-        for _, stamp in stamped_modules(model)
-        if not isinstance(stamp.mechanism, Dense)
+        for module, stamp in stamped_modules(model)
+        if not isinstance(stamp.mechanism, Dense) and module not in before.stamped
     ]
 
 
@@ -147,7 +148,7 @@ def _undone_on_failure(model: PreTrainedModel, before: Before) -> Iterator[None]
     try:
         yield
     except BaseException:
-        twin = Twin(model, before.modules)
+        twin = Twin(model, before.modules, before.stamped)
         twin.dense()
         for path in twin.changed:
             unfuse(model.get_submodule(path.rpartition(".")[0]))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..benchmarking.environment import busy, describe, environment
 from ..benchmarking.folder import new_folder
 from ..integration._modules import survey
-from ..integration._stamps import stamp_of
+from ..integration._stamps import stamp_of, stamped_modules
 from ._batches import Batch
 from ._measure import Measured, Span
 from .moments import Planned
@@ -80,6 +80,7 @@ class Before:
         self.training = {path: module.training for path, module in self.modules.items()}
         self.sizes = {path: saved_bytes(module) for path, module in self.modules.items()}
         self.attributes = set(vars(model))
+        self.stamped = {module for module, _ in stamped_modules(model)}  # by the model's own config
         self.head = model.get_output_embeddings()
 
 

@@ -14,6 +14,7 @@ be timed when the machine is quiet.
 import gc
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ class Request:
     attention    a plan's mechanism that all cases run, the dense one too; None: as the model has it.
     about        words on model, texts and quality for the page; a study is continued only with the same ones.
     rounds       forwards of each case that are timed; 0: none.
-    pause        stop before the timing; `resume` goes on.
+    pause        stop before the timing; minutes: stop after the case in which so many are over. `resume` goes on.
     """
 
     make: Callable[[], PreTrainedModel]
@@ -99,6 +100,7 @@ class Request:
     rounds: int = 5
     pause: bool = False
     resume: bool = False
+    minutes: float | None = None
     out: Path | None = None
     overwrite: bool = False
     plots: bool = True
@@ -133,7 +135,8 @@ def study(request: Request, report: Callable[[str], None] = lambda text: None) -
     """
     if request.plots:
         need_matplotlib()
-    if (request.resume or request.pause) and request.out is None:
+    began = time.monotonic()
+    if (request.resume or request.pause or request.minutes is not None) and request.out is None:
         raise ValueError("a study that is paused or resumed goes by the name of its folder: give it as out")
     cases = [Case(), *(case for case in request.cases if case.forms)]
     target = request.out or fresh_name("study")
@@ -145,6 +148,8 @@ def study(request: Request, report: Callable[[str], None] = lambda text: None) -
     with evaluating(reference):
         y = output_of(reference, request.held_out)
     for case in cases:
+        if request.minutes is not None and time.monotonic() - began > 60 * request.minutes:
+            raise Paused(f"{request.minutes:g} minutes are over; go on with --resume --out {target}")
         if case.label not in {record["label"] for record in ledger.of("case")}:
             report(case.label)
             with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..attention import Mechanism
 from .corpus import Corpus, load_corpus
 from .encoder import CHUNK, Encoder, lengthened, load_encoder
 from .retrieval import Record, document_table, passage_table, rivals, tokenized
@@ -59,6 +60,24 @@ class Retrieval:
         if passages["passage"] is not None:
             quality["passage MRR"] = passages["passage"]["mrr"]
         return quality
+
+    def subject(self, attention: Mechanism | None, calibration: Path | None, tokens: int) -> dict[str, Any]:
+        """What a study asks for (see `compression.study.Request`)."""
+        return {
+            "make": self.make,
+            "judge": self.judge,
+            "calibration": self.calibration(calibration, tokens),
+            "held_out": self.held_out(),
+            "attention": attention,
+            "about": {
+                "model": f"{self.teacher.name}, {self.teacher.model.dtype}, at {self.length} tokens, attention in all "
+                f"rows: {'dense' if attention is None else repr(attention)}.".replace("torch.", ""),
+                "quality": f"MRR: mean reciprocal rank of the right one for {len(self.corpus.queries)} queries, by "
+                f"vectors of {len(self.texts)} whole documents, and of their passages by late chunking. Text: "
+                f"{self.corpus.source}; calibration on "
+                f"{'other documents of it' if calibration is None else calibration.name}.",
+            },
+        }
 
     def batch(self, text: str) -> dict[str, Tensor]:
         """One text as the model reads it, unpadded."""

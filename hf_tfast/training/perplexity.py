@@ -75,6 +75,21 @@ class Perplexity:
         order = torch.arange(len(full)).split(ROWS)
         return [self._batch(full, part.tolist()) for part in order]
 
+    def subject(self, tokens: int) -> dict[str, Any]:
+        """What a study asks for (see `compression.study.Request`)."""
+        return {
+            "make": self.make,
+            "judge": self.judge,
+            "calibration": self.calibration(tokens),
+            "held_out": self.held_out(),
+            "lower": ("perplexity",),
+            "about": {
+                "model": f"The causal model of {self.folder}, float32, sequences of {self.length} tokens.",
+                "quality": f"Perplexity of {len(self.rows)} sequences of texts held out of its training; calibration "
+                "on those that it was trained on.",
+            },
+        }
+
     @staticmethod
     def _batch(rows: PackedRows, which: list[int]) -> dict[str, Any]:
         batch = collate([rows[n] for n in which])

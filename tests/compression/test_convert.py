@@ -15,6 +15,8 @@ from hf_tfast import (
     LowRank,
     Pruned,
     TensorTrain,
+    TFastConfig,
+    TFastForCausalLM,
     Window,
     apply_plan,
     calibrate,
@@ -24,7 +26,7 @@ from hf_tfast.backends.int8 import uncompiled
 from hf_tfast.compression._twin import Twin
 from hf_tfast.feed_forward._fused import FusedInt8
 from hf_tfast.feed_forward.low_rank import LowRankLinear
-from tests.integration.tiny_models import inputs, output, tiny, tokens
+from tests.integration.tiny_models import GROUPED, inputs, output, tiny, tokens
 
 PRUNED = Pruned(ratio=0.5, method="activation", recover=True)
 WHITE = LowRank(ratio=0.6, method="activation")
@@ -301,6 +303,22 @@ def test_a_failure_midway_changes_nothing(where, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(model, FastPlan(attention=SVD(rank=4), feed_forward=WHITE), BATCHES)
     check_untouched(model, before, modules, names)
+
+
+def test_attention_of_the_models_own_config_stays(monkeypatch):
+    """A TFast model's window is part of the model: in both of what is compared, and after a failure."""
+    torch.manual_seed(3)
+    config = TFastConfig(**GROUPED, causal=True, attention={"mechanism": "window", "window": 4})
+    model = TFastForCausalLM(config).eval()
+    before = output(model, inputs("llama"))
+    monkeypatch.setattr(VERB, "_attention", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(model, FastPlan(feed_forward=LowRank(rank=5)), BATCHES)
+    assert torch.equal(output(model, inputs("llama")), before)
+    monkeypatch.undo()
+    _, report = convert(model, FastPlan(feed_forward=LowRank(rank=32)), BATCHES, rounds=1)
+    assert report.error < 1e-4
+    assert [row.part for row in report.layers] == ["feed_forward"] * 2
 
 
 def test_a_change_beyond_the_plan_is_refused(monkeypatch):

@@ -64,6 +64,8 @@ def test_paused_then_resumed(tmp_path, monkeypatch):
         study(asked)
     assert len(judged) == 3
     assert not (tmp_path / "study").exists()
+    with pytest.raises(Paused, match="0 minutes are over"):
+        study(request(tmp_path, resume=True, minutes=0.0)[0])
     asked, judged = request(tmp_path, resume=True)
     _, results = study(asked)
     assert not judged  # what was measured is not measured again

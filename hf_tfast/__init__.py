@@ -18,6 +18,13 @@ _HOMES = {
     "hf_tfast.attention.quantized": ("Quantized",),
     "hf_tfast.attention.random": ("Random",),
     "hf_tfast.attention.svd": ("SVD",),
+    "hf_tfast.attention.hashed": ("Hashed",),
+    "hf_tfast.attention.linformer": ("Linformer",),
+    "hf_tfast.attention.nystrom": ("Nystrom",),
+    "hf_tfast.attention.performer": ("Performer",),
+    "hf_tfast.attention.scatterbrain": ("Scatterbrain",),
+    "hf_tfast.attention.threshold": ("Threshold",),
+    "hf_tfast.attention.topk": ("TopK",),
     "hf_tfast.attention.window": ("Window",),
     "hf_tfast.hub.card": ("model_card",),
     "hf_tfast.hub.remote": ("save_code",),
@@ -47,6 +54,7 @@ _HOMES = {
         "TFastSeq2SeqModel",
         "TFastSeq2SeqPreTrainedModel",
     ),
+    "hf_tfast.planner": ("propose_plan",),
     "hf_tfast.positions": ("extend_positions",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

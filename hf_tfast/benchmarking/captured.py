@@ -46,9 +46,7 @@ def load(source: str, length: int | None = None) -> tuple[PreTrainedModel, Any]:
 
     Learned positions are extended to `length` tokens where the model has fewer.
     """
-    if NAME not in AttentionInterface._global_mapping:
-        AttentionInterface.register(NAME, _dense)
-        AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    _register()
     model = AutoModel.from_pretrained(source, attn_implementation=NAME, dtype="float32")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{source} has a plan or is quantised: give the dense model that it was made from")
@@ -56,6 +54,27 @@ def load(source: str, length: int | None = None) -> tuple[PreTrainedModel, Any]:
     if length is not None and native is not None and native < length:
         extend_positions(model, length)
     return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def heard(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model that is loaded already runs dense attention that can be heard; then its own again."""
+    _register()
+    before = {
+        id(m.config): (m, m.config._attn_implementation) for m in model.modules() if isinstance(m, PreTrainedModel)
+    }
+    try:
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        for part, implementation in before.values():
+            part.config._attn_implementation = implementation
+
+
+def _register() -> None:
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(NAME, _dense)
+        AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @contextmanager

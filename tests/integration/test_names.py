@@ -12,8 +12,10 @@ import transformers as hf
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+import hf_tfast
 from hf_tfast import FastPlan, Window, apply_plan, attention_report
 from hf_tfast.attention import Score, mechanisms
+from hf_tfast.feed_forward import forms
 from hf_tfast.integration import interface
 from hf_tfast.testing import Shape, assert_near, naive_attention, qkv
 from tests.integration.tiny_models import FAMILIES, GPT2, HALVES, SMALL, TEXT, inputs, output, tiny, tokens
@@ -221,3 +223,8 @@ def test_importing_adds_names_only_and_is_cheap():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 3.0, "0.3 s on an idle machine; ten times that allows for a busy one"
+
+
+def test_every_mechanism_and_form_is_a_public_name():
+    for cls in (*mechanisms().values(), *forms().values()):
+        assert getattr(hf_tfast, cls.__name__) is cls

@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from ..attention import mechanism_from_dict, mechanisms
 from ..integration.plan import FastPlan
+from .scaling import ScalingArguments
 
 BYTES, LEARNED = "bytes", "learned"
 
@@ -101,7 +102,7 @@ FIXED = (
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class PretrainingArguments(ScalingArguments, TrainingArguments):
     """TrainingArguments with these defaults; `--help` lists everything."""
 
     output_dir: str | None = _option("runs/pretrain", "a new folder for everything that the training leaves")
@@ -134,6 +135,7 @@ class PretrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # our rows hold what the models take, and nothing else
         self.include_num_input_tokens_seen = "all"
         self.logging_nan_inf_filter = False  # it would hide that a training has diverged
+        self.share()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to
@@ -141,7 +143,10 @@ class PretrainingArguments(TrainingArguments):
     def fixed(self) -> dict[str, Any]:
         """The settings on which the result depends."""
         chosen = {"lr_scheduler_type": SchedulerType(self.lr_scheduler_type), "optim": OptimizerNames(self.optim)}
-        return {name: getattr(self, name) for name in FIXED} | {name: x.value for name, x in chosen.items()}
+        fixed = {name: getattr(self, name) for name in FIXED} | {name: x.value for name, x in chosen.items()}
+        if not self.layout.plain:  # processes that share rows count once
+            fixed["world_size"] = self.layout.data_ranks
+        return fixed
 
 
 def read_attention(given: str) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def prepare(data: DataArguments, args: PretrainingArguments, folder: Path, two_w
     packed = [
         pack(encode(tokenizer, [d.text for d in part]), data.length, tokenizer.pad_token_id) for part in (train, held)
     ]
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    ranks = args.world_size if args.layout.plain else args.layout.data_ranks
+    step = args.train_batch_size * args.gradient_accumulation_steps * ranks
     if len(packed[0].ids) < step:
         raise ValueError(
             f"the training texts make {len(packed[0].ids)} sequences of {data.length} tokens, and one step takes "

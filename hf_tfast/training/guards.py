@@ -11,6 +11,9 @@ from typing import Any
 
 from accelerate.utils import str_to_bool
 
+from .launch import check_optimiser_reach, check_ranks
+from .layout import Layout
+
 __all__ = ["check_launch"]
 
 _TORCHRUN = "Several processes on a CPU: `torchrun --nproc_per_node 2 recipes/... --use_cpu true`"
@@ -31,8 +34,18 @@ def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -
         )
     if asked != running:
         raise ValueError(f"the launcher started {asked} processes, but accelerate sees {running}. {_TORCHRUN}")
+    check_ranks(arguments)
+    layout = getattr(arguments, "layout", None) or Layout()
+    check_optimiser_reach(arguments, layout)
+    if not layout.plain and getattr(arguments, "fsdp", None):
+        raise ValueError(f"--fsdp is accelerate's own sharding, and the layout ({layout}) has one: leave it out")
     if arguments.device.type != "cpu":
         return
+    if layout.offload:
+        raise ValueError(
+            "offloading shards to CPU memory on a CPU moves nothing, and its copies need a GPU: take "
+            "recipes/accelerate/fsdp2.yaml instead"
+        )
     if arguments.fp16 or given.get("ACCELERATE_MIXED_PRECISION", "no") == "fp16":
         raise ValueError(
             "fp16 on a CPU: accelerate would train in fp32 without a word; use bf16 (--bf16 with --use_cpu, or "
@@ -40,8 +53,8 @@ def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -
         )
     if getattr(arguments, "fsdp", None) or _on(given, "ACCELERATE_USE_FSDP"):
         raise ValueError(
-            "FSDP on a CPU: accelerate ignores it and trains plain data parallel; leave it out, or shard with "
-            "Transformers' DistributedConfig(fsdp_size=...)"
+            "FSDP on a CPU: accelerate ignores it and trains plain data parallel; shard with --shard N, which "
+            "Transformers' DistributedConfig does, or leave it out"
         )
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if _on(given, f"ACCELERATE_USE_{name}"):

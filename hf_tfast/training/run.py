@@ -10,7 +10,10 @@ output_dir/<mechanism>/...    the last four of each, when several are compared; 
 """
 
 import json
+import math
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,13 @@ from ..models.modeling_tfast import TFastForCausalLM, TFastForMaskedLM
 from .arguments import DataArguments, ModelArguments, PretrainingArguments, read_attention
 from .compare import RESULTS, compare
 from .data import Data, prepare
+from .faults import Terminated
 from .guards import check_launch
+from .launch import check_sizes
 from .plot import need_matplotlib, plot_curves
 from .sample import sample
+from .scaled import cut_model
+from .states import is_cut
 from .trainer import PretrainingTrainer
 
 MARK, DONE = "arguments.json", "metrics.json"
@@ -51,6 +58,8 @@ def pretrain(
     configs = [
         _config(model, choice, data.length, two_way) for choice in choices.values()
     ]  # refuse before reading texts
+    for config in configs:
+        check_sizes(args.layout, config)
     folder = Path(args.output_dir or "")
     if args.report is not None:
         _check_report(Path(args.report), model, args)
@@ -106,6 +115,7 @@ def _open(folder: Path, data: DataArguments, model: ModelArguments, args: Pretra
         if not (folder / MARK).is_file():
             raise FileExistsError(f"{folder} holds no {MARK}, so there is no training in it to resume")
         before = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        _forget_shares(before, settings)
         if differences := list(_differences(before, settings)):
             raise ValueError(f"{folder} holds another training, which cannot be resumed so: {'; '.join(differences)}")
         return
@@ -116,6 +126,19 @@ def _open(folder: Path, data: DataArguments, model: ModelArguments, args: Pretra
         shutil.rmtree(folder)
     with new_folder(folder, mark=MARK) as working:
         write_json(settings, working / MARK)
+
+
+# How many rows a step has is settled; how processes share them may change.
+SHARES = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+
+
+def _forget_shares(before: Record, now: Record) -> None:
+    """Where a step has as many rows as before, let it not matter how they are shared."""
+    rows = [math.prod(part["training"].get(name, 0) for name in SHARES) for part in (before, now)]
+    if rows[0] == rows[1]:
+        for name in SHARES:
+            before["training"].pop(name, None)
+            now["training"].pop(name, None)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Any:
@@ -139,6 +162,9 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
     model: PreTrainedModel = (TFastForMaskedLM if two_way else TFastForCausalLM)(config)
     checkpoints = place / "checkpoints"
     args = _for_folder(args, checkpoints)
+    node = os.environ.get("GROUP_RANK", "0")
+    model = cut_model(model, args.layout, place / f".start-{node}", args.local_process_index)
+    config = model.config  # type: ignore[assignment]
     trainer = PretrainingTrainer(
         model=model,
         args=args,
@@ -148,15 +174,14 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
     )
     start = _checkpoint(args, checkpoints)
     trainer.train(resume_from_checkpoint=start)
+    if trainer.terminate.stopped:
+        raise Terminated(str(checkpoints), trainer.state.global_step)
     final = _last_evaluation(trainer) or trainer.evaluate()
     peak = trainer.step_memory()
     config.use_cache = not two_way  # Trainer has switched it off for training
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    _save(trainer, tokenizer, place / "model")
     record: Record = {}
     if args.process_index == 0:
-        with new_folder(place / "model", overwrite=True, mark="config.json") as working:
-            model.save_pretrained(working, state_dict=state)
-            tokenizer.save_pretrained(working)
         record = {
             "attention": config.attention or {"mechanism": "dense"},
             "final": {name: value for name, value in final.items() if name.startswith("eval_")},
@@ -178,6 +203,19 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
         write_json(record, place / DONE)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+def _save(trainer: PretrainingTrainer, tokenizer: Any, folder: Path) -> None:
+    """The whole model, however it was cut; every process takes part, the first one writes."""
+    cut = is_cut(trainer.model)
+    state = None if cut else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.process_index == 0:
+        with new_folder(folder, overwrite=True, mark="config.json") as working:
+            trainer.model.save_pretrained(working, state_dict=state)
+            tokenizer.save_pretrained(working)
+    elif cut:
+        with tempfile.TemporaryDirectory() as nowhere:  # it sends its parts and writes nothing
+            trainer.model.save_pretrained(nowhere, is_main_process=False)
 
 
 def _last_evaluation(trainer: PretrainingTrainer) -> Record | None:

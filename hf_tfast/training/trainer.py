@@ -12,6 +12,8 @@ from transformers.trainer_callback import ExportableState
 from ..benchmarking.memory import peak_memory
 from .evaluation import Evaluation, Sums
 from .packing import collate
+from .scaled import Scaled
+from .states import gradient_norm
 
 __all__ = ["Diverged", "PretrainingTrainer"]
 
@@ -52,10 +54,9 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:  # its scaler skips such steps by itself
             return
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(float(norm)):
-            raise Diverged(_advice("the gradient", float(norm), state, args))
+        norm = gradient_norm(kwargs["model"].parameters())
+        if not math.isfinite(norm):
+            raise Diverged(_advice("the gradient", norm, state, args))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows = kwargs["train_dataloader"].dataset
@@ -63,7 +64,7 @@ class Watch(TrainerCallback):
             rows.set_epoch(int(state.epoch or 0))
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(Scaled, Trainer):
     """As Trainer; `evaluation` replaces its evaluation loop, so that every evaluation has the loss of far tokens.
 
     Logs carry `seconds` of training so far. Raises Diverged, naming the step, where loss or gradients are not finite.
@@ -89,13 +90,13 @@ class PretrainingTrainer(Trainer):
             raise ValueError(
                 "this trainer evaluates the rows that its Evaluation was made of; make another Evaluation"
             )
-        rank, world = self.args.process_index, self.args.world_size
         context = self.accelerator.autocast()
-        mine = self.evaluation.sums(self.model, rank=rank, world=world, context=context).tensor()
-        if world > 1:
-            everybody = torch.empty(world, *mine.shape, dtype=mine.dtype)
+        mine = self.evaluation.sums(
+            self.model, rank=self.data_rank, world=self.data_ranks, context=context
+        ).tensor()
+        if self.args.world_size > 1:
             everybody = self.accelerator.gather(mine[None].to(self.args.device)).cpu()
-            mine = everybody.sum(0)
+            mine = everybody.sum(0) * (self.data_ranks / self.args.world_size)  # some have scored the same rows
         metrics = Sums.of(mine).metrics(metric_key_prefix, self.evaluation.two_way)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

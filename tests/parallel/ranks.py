@@ -34,8 +34,7 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "transformers.trainer", "hf_tfast.parallel",
-                                 "hf_tfast.models.modeling_tfast"])  # fmt: skip
+_CONTEXT.set_forkserver_preload(["torch.distributed", "accelerate", "transformers.trainer", "hf_tfast.training.run"])
 
 
 class RankError(RuntimeError):
@@ -156,7 +155,7 @@ def _hung(processes: list[Any], ranks: list[int], folder: str, timeout: float) -
     for rank in ranks:
         os.kill(processes[rank].pid, signal.SIGUSR1)
     time.sleep(1)
-    words = {rank: f"it had not ended after {timeout:g} seconds\n" for rank in ranks}
+    words = dict.fromkeys(ranks, f"it had not ended after {timeout:g} seconds\n")
     return RankError(_words(words, folder), ranks, {})
 
 

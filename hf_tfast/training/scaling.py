@@ -1,0 +1,43 @@
+"""The options with which a training grows: how processes share it, and how seldom they may agree."""
+
+from dataclasses import dataclass, field
+
+from .layout import Layout
+
+__all__ = ["ScalingArguments"]
+
+
+def _size(text: str, default: int = 1) -> int:
+    value: int = field(default=default, metadata={"help": text})
+    return value
+
+
+@dataclass
+class ScalingArguments:
+    """Mixed into TrainingArguments. When `share` has been called, `layout` says which process does what."""
+
+    tensor_parallel: int = _size("processes that share every layer (heads and feed-forward width are cut)")
+    shard: int = _size("processes that share all weights, gradients and states of the optimiser (FSDP2)")
+    replicas: int = _size("groups of such processes, with whole weights between them (hybrid sharding)")
+    average_every: int = _size("steps that data-parallel processes take alone before they average their weights")
+    average_delay: int = _size("steps that such an average may be under way while the processes go on", 0)
+
+    def share(self) -> None:
+        """Settle the layout, before TrainingArguments settles the device. ValueError for what does not fit."""
+        self.layout = Layout.of(self)
+        self.layout.claim()
+        if self.average_every < 1 or self.average_delay < 0:
+            raise ValueError(
+                f"average_every must be at least 1 and average_delay at least 0, got {self.average_every} and "
+                f"{self.average_delay}"
+            )
+        if self.average_delay >= self.average_every > 1 or self.average_delay and self.average_every == 1:
+            raise ValueError(
+                f"an average that takes {self.average_delay} steps must be done before the next begins: give "
+                f"--average_every more than {self.average_delay} (and at least 2), got {self.average_every}"
+            )
+        if self.average_every > 1 and not self.layout.plain:
+            raise ValueError(
+                f"averaging every {self.average_every} steps needs whole models in every process, and the layout is "
+                f"{self.layout}: leave one out"
+            )

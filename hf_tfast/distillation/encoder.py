@@ -39,7 +39,7 @@ __all__ = ["EncoderArguments", "EncoderTrainer", "contrastive_loss", "pooled"]
 
 TOKENS = 4096  # padded tokens of short texts that are computed at once
 
-Evaluate = Callable[[Any], dict[str, float]]
+Evaluate = Callable[[], dict[str, float]]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -112,7 +112,7 @@ class EncoderTrainer(Trainer):
     """Trainer of a student that is called as `model(input_ids=..., attention_mask=...)` and gives states.
 
     teacher   reads queries and single passages for the keep term; in eval and without gradients. None: no such term.
-    evaluate  called with the model, gives metrics; replaces the evaluation loop.
+    evaluate  gives metrics of the student as it is; replaces the evaluation loop.
     Logs carry the three parts of the loss and the `seconds` of training so far. Diverged, naming the step, where loss
     or gradients are not finite: no checkpoint holds weights from after that.
     """
@@ -137,8 +137,8 @@ class EncoderTrainer(Trainer):
             raise ValueError("keep_weight needs a teacher; give one, or set it to 0")
         if step < 2:
             raise ValueError("a batch of one document has no wrong answers; take per_device_train_batch_size >= 2")
-        rest = {"train_dataset": rows, "eval_dataset": rows if evaluate else None, "data_collator": collate}
-        super().__init__(model=options.pop("model", student.model), args=args, **rest, **options)
+        options = {"model": student.model, "eval_dataset": rows if evaluate else None, **options}
+        super().__init__(args=args, train_dataset=rows, data_collator=collate, **options)
         self.student, self.teacher, self.metrics = student, teacher, evaluate
         self.parts: dict[str, list[float]] = {}
         self.clock = Clock()
@@ -153,8 +153,8 @@ class EncoderTrainer(Trainer):
         args: Any = self.args
         documents, passages = self._documents(model, inputs)
         queries = self._short(model, self.student, inputs["query_ids"].split(inputs["query_lengths"].tolist()))
-        number, owner, places = inputs["number"], inputs["owner"], inputs["places"]
-        same = number[owner][:, None] == number
+        example, owner, places = inputs["example"], inputs["owner"], inputs["places"]
+        same = example[owner][:, None] == example
         parts = {"documents": contrastive_loss(queries, documents, owner, args.temperature, same)}
         loss = parts["documents"]
         if args.passage_weight:
@@ -238,7 +238,7 @@ class EncoderTrainer(Trainer):
         trained = model.training
         model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics(model).items()}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.metrics().items()}
         model.train(trained)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

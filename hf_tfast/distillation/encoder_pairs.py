@@ -1,7 +1,7 @@
-"""Long documents with queries, to teach an encoder what a document is about: read from files, or made from any text.
+"""Long documents with queries, to teach an encoder what a document is about: from files, or made from any text.
 
-Pairs      JSONL (or .gz), {"query": text, "document": text} or {"queries": [text, ...], "document": text} a line; lines
-           with one document become one example, so that no document is a wrong answer to its own query.
+Pairs      JSONL (or .gz), {"query": text, "document": text} or {"queries": [text, ...], "document": text} a line;
+           lines with one document become one example, so that no document is a wrong answer to its own query.
 Clozes     from a text alone: sentences are taken out of it and become queries, the rest is the document that they have
            to find. Every second query is a few sentences from all over the document, as a summary is; the others are
            sentences that stood together, and know the place that they were taken from.
@@ -60,7 +60,7 @@ class Example:
 
 
 def read_pairs(path: str | Path) -> list[Example]:
-    """The examples of a JSONL file, in the order of their documents. ValueError names the line that is something else."""
+    """The examples of a JSONL file, in the order of their documents. ValueError names the line that is no pair."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"the pairs {path} are not a file; expected JSONL with a query and its document a line")
@@ -174,7 +174,9 @@ def shared(example: Example, known: set[int]) -> float:
     return sum(found) / max(len(found), 1)
 
 
-def without(examples: Iterable[Example], evaluated: Iterable[str], most: float = 0.005) -> tuple[list[Example], list[str]]:
+def without(
+    examples: Iterable[Example], evaluated: Iterable[str], most: float = 0.005
+) -> tuple[list[Example], list[str]]:
     """The examples that share at most `most` of their text with the `evaluated` texts, and the names of the others."""
     known = {hash(shingle) for text in evaluated for shingle in _shingles(text)}
     kept, out = [], []

@@ -76,7 +76,10 @@ class Rows(Dataset[dict[str, Any]]):
         self.encoder, self.seed, self.epoch = encoder, seed, 0
         self.length, self.query = length - encoder.special, query - encoder.special
         self.queries, self.passages = queries, passages
-        self.texts = [_tokens(example, encoder) for example in examples]
+        made = {id(example): _tokens(example, encoder) for example in {id(e): e for e in examples}.values()}
+        self.texts = [made[id(example)] for example in examples]  # an example may stand here several times
+        number = {key: n for n, key in enumerate(made)}
+        self.examples = [number[id(example)] for example in examples]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -105,7 +108,7 @@ class Rows(Dataset[dict[str, Any]]):
             "queries": [self._whole(self._part(text.queries[n], draw)) for n in chosen],
             "spans": [(a + offset, b + offset) for a, b in spans],
             "places": places,
-            "number": number,
+            "example": self.examples[number],
         }
 
     def _part(self, ids: list[int], draw: random.Random) -> list[int]:
@@ -140,7 +143,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     query_ids [u], query_lengths [m]       queries; owner [m]: which document of the batch is right
     spans [p 3]                            (document, first token, end) of passages; places [m]: the span that answers
                                            a query, or -1
-    number [n]                             of the example: documents of one example are not each other's wrong answers
+    example [n]                            its number: documents of one example are not each other's wrong answers
     """
     queries = [(n, query) for n, row in enumerate(rows) for query in row["queries"]]
     spans, places = list[tuple[int, int, int]](), list[int]()
@@ -155,5 +158,5 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         "owner": torch.tensor([n for n, _ in queries]),
         "spans": torch.tensor(spans, dtype=torch.long).view(-1, 3),
         "places": torch.tensor(places),
-        "number": torch.tensor([row["number"] for row in rows]),
+        "example": torch.tensor([row["example"] for row in rows]),
     }

@@ -1,0 +1,53 @@
+# /// script
+# dependencies = ["hf_tfast[metrics]"]
+# ///
+r"""Classes of texts (--kind sequence) or of tokens (--kind token): a pretrained model made fast, or one from scratch.
+
+Long texts: a pretrained encoder of 512 positions extended to 1024, dense and with a window on the same examples (JSONL
+with text and label; other names by --columns):
+
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/classify.py --kind sequence \
+        --model sentence-transformers/all-MiniLM-L6-v2 --positions 1024 --source_length 1024 \
+        --compare dense '{"mechanism": "window", "window": 64, "sinks": 4}' \
+        --train_file data/train.jsonl.gz --validation_file data/valid.jsonl.gz --test_file data/test.jsonl.gz \
+        --learning_rate 1e-4 --num_train_epochs 1 --output_dir runs/classify
+
+Entities: rows with `tokens` and `tags` (O, B-KIND, I-KIND); or texts whose labels are made by regular expressions:
+
+    accelerate launch recipes/classify.py --kind token --model sentence-transformers/all-MiniLM-L6-v2 \
+        --train_file data/train.jsonl.gz --test_file data/test.jsonl.gz --columns text=turns \
+        --label_patterns '{"TIME": "\\d{1,2}(:\\d\\d)? ?[ap]m", "MONEY": "\\$\\d+"}' --output_dir runs/tags
+
+Optimisers on the same run, each with its learning rate:
+
+    accelerate launch recipes/classify.py --kind sequence --train_file a.csv --columns text=text label=category \
+        --compare_optim adamw=1e-3 sgd=0.5 adagrad=0.01 adadelta=1.0 adamw_8bit=1e-3 --output_dir runs/optimisers
+
+Expected: docs/results/classification/*/table.md, where the cost of each stands too.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from hf_tfast.training.tasks.arguments import TaskDataArguments, TaskModelArguments, TaskTrainingArguments
+from hf_tfast.training.tasks.names import label_task
+from hf_tfast.training.tasks.run import finetune
+
+
+@dataclass
+class RecipeArguments:
+    kind: str = field(default="sequence", metadata={"help": "sequence: a class of each text; token: of each word"})
+
+
+ARGUMENTS = (RecipeArguments, TaskDataArguments, TaskModelArguments, TaskTrainingArguments)
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    parser = HfArgumentParser(ARGUMENTS, description=__doc__)
+    recipe, data, model, training = parser.parse_args_into_dataclasses(arguments)
+    return finetune(label_task(recipe.kind), data, model, training)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,6 +45,8 @@ def _check(model: PreTrainedModel, n: int, batch: Batch) -> None:
             raise ValueError(f"calibration batch {n}: {name} holds numbers that are not finite")
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if isinstance(ids, Tensor) and ids.is_floating_point():
+        raise ValueError(f"calibration batch {n}: input_ids are whole numbers, got {ids.dtype}")
     if isinstance(ids, Tensor) and isinstance(size, int) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise ValueError(
             f"calibration batch {n}: input_ids lie between {int(ids.min())} and {int(ids.max())}, the model knows 0 "

@@ -56,7 +56,6 @@ STANDARD = (
     "tensor_train:ratio=0.5",
     "activation:bits=8",
     "activation:bits=4",
-    "activation:bits=8 + int8",
     "low_rank:ratio=0.75,method=activation + recovery:steps=200 + int8",
     "pruned:ratio=0.75,method=activation,recover=true + recovery:steps=200 + int8",
     "pruned:ratio=0.75,method=activation,recover=true + low_rank:ratio=0.75,method=activation + recovery:steps=200"

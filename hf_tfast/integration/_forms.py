@@ -48,7 +48,7 @@ def make_forms(
     """Replace the planned feed-forwards, from their weights, in place: the sizes, and a function that undoes it.
 
     moments   of the inputs of their layers, where a form is made from data (see compression's `convert`).
-    fit       called with every block and its forms while all its weights can still be trained (compression's recovery).
+    fit       called with every block and its forms while its weights can still be trained (compression's recovery).
 
     ValueError, with nothing changed, where weights are not here or do not suit a form.
     """
@@ -125,7 +125,8 @@ def build_forms(model: PreTrainedModel, plan: FastPlan) -> list[str]:
 
 
 def check_filled(model: PreTrainedModel, expected: list[str]) -> None:
-    """After the weights have loaded. ValueError where a tensor of `build_forms` was not filled by the checkpoint."""
+    """After the weights have loaded. ValueError where a tensor of `build_forms` was not filled by the checkpoint, and
+    where int8 layers hold what cannot be theirs."""
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return  # moved between devices since, and no longer the tensors that were marked as loaded
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -134,6 +135,13 @@ def check_filled(model: PreTrainedModel, expected: list[str]) -> None:
             f"the plan in config.json needs {missing[0]} ({len(missing)} tensors in all), and the checkpoint does not "
             "hold it: the folder is truncated, or its config.json belongs to other weights"
         )
+    for name in expected:
+        scale = tensors[name]
+        if name.endswith(".SCB") and not bool((scale.isfinite() & (scale >= 0)).all()):
+            raise ValueError(
+                f"{name}, the scales of int8 weights, lie between {float(scale.min()):g} and {float(scale.max()):g}, "
+                "where finite ones of at least 0 are due: the checkpoint is corrupt"
+            )
 
 
 def restore_forms(model: PreTrainedModel, plan: FastPlan) -> None:

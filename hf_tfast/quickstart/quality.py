@@ -57,7 +57,7 @@ class Retrieval:
         (documents,) = document_table([record], self.corpus, self.asked)
         quality = {"document MRR": documents["mrr"]}
         (passages,) = passage_table([record], self.corpus, self.texts, self.asked)
-        if passages["passage"] is not None:
+        if passages["passage"] is not None and 2 * passages["queries"] > len(self.corpus.queries):  # read by `length`
             quality["passage MRR"] = passages["passage"]["mrr"]
         return quality
 
@@ -73,7 +73,8 @@ class Retrieval:
                 "model": f"{self.teacher.name}, {self.teacher.model.dtype}, at {self.length} tokens, attention in all "
                 f"rows: {'dense' if attention is None else repr(attention)}.".replace("torch.", ""),
                 "quality": f"MRR: mean reciprocal rank of the right one for {len(self.corpus.queries)} queries, by "
-                f"vectors of {len(self.texts)} whole documents, and of their passages by late chunking. Text: "
+                f"vectors of {len(self.texts)} documents cut to the length (and of their passages by late chunking, "
+                "where the length holds most of those asked for). Text: "
                 f"{self.corpus.source}; calibration on "
                 f"{'other documents of it' if calibration is None else calibration.name}.",
             },

@@ -249,6 +249,7 @@ WRONG = {
     "not a number": ([{"inputs_embeds": torch.full((1, 5, 32), torch.nan)}], "not finite"),
     "another tokenizer": ([{"input_ids": torch.full((1, 5), 99)}], "another tokenizer"),
     "one batch bare": (BATCHES[0], "put it in a list"),
+    "fractions": ([{"input_ids": torch.rand(2, 9)}], "input_ids are whole numbers, got torch.float32"),
     "texts": (["a text"], "a dict of what the model is called with"),
     "square mask": ([{"input_ids": tokens(1), "attention_mask": torch.ones(2, 1, 30, 30)}], r"\[b n\]"),
     "cache": ([{"input_ids": tokens(1), "past_key_values": ()}], "past_key_values"),

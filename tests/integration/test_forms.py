@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_tfast import Activation, FastPlan, LowRank, Pruned, TensorTrain, Window, apply_plan, remove_plan
+from hf_tfast import Activation, FastPlan, Int8, LowRank, Pruned, TensorTrain, Window, apply_plan, remove_plan
 from hf_tfast.feed_forward.low_rank import LowRankLinear
 from tests.integration.tiny_models import FAMILIES, inputs, output, tiny, tokens
 
@@ -204,6 +205,28 @@ def test_weights_of_another_shape(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((RuntimeError, ValueError), match="mismatch|size"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_file_cut_off(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(SafetensorError, match="incomplete|not fully covered"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("wrong", ["scales", "signs", "none"])
+def test_tampered_integers(wrong, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    apply_plan(tiny("llama"), FastPlan(feed_forward=Int8())).save_pretrained(tmp_path)
+    file, path = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj"
+    weights = load_file(file)
+    if wrong == "none":
+        del weights[f"{path}.SCB"]
+    else:
+        weights[f"{path}.SCB"][3] = torch.nan if wrong == "scales" else -1.0
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{path}.*(the checkpoint is corrupt|the folder is truncated)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

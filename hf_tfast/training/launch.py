@@ -53,8 +53,8 @@ def _settings(arguments: Any) -> dict[str, str]:
     return {f"--{name}": repr(getattr(arguments, name, None)) for name in fields}
 
 
-def check_sizes(layout: Layout, config: Any) -> None:
-    """ValueError where the model's heads, widths or layers do not divide over the processes that share them."""
+def check_sizes(layout: Layout, config: Any, length: int) -> None:
+    """ValueError where heads, widths, layers or the sequence do not divide over the processes that share them."""
     sizes = {
         "attention heads": getattr(config, "num_attention_heads", None),
         "key/value heads": getattr(config, "num_key_value_heads", None),
@@ -66,6 +66,11 @@ def check_sizes(layout: Layout, config: Any) -> None:
                 f"tensor parallelism over {layout.tensor} processes cuts {what}, and {count} do not divide evenly: "
                 f"choose a divisor of {count} (--tensor_parallel, or parallelism_config_tp_size)"
             )
+    if length % layout.sequence:
+        raise ValueError(
+            f"sequence parallelism cuts rows of {length} tokens over {layout.sequence} processes, which is not even: "
+            f"make --length a multiple of {layout.sequence}"
+        )
     layers = getattr(config, "num_hidden_layers", None)
     if layers and layout.pipeline > layers:
         raise ValueError(f"a pipeline of {layout.pipeline} processes needs as many layers, and the model has {layers}")

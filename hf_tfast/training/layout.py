@@ -72,6 +72,11 @@ class Layout:
             raise ValueError(
                 "offloading to CPU memory belongs to shards: ask for --shard N, or FSDP in the configuration"
             )
+        if layout.tensor * layout.shard > 1 and layout.sequence * layout.pipeline > 1:
+            raise ValueError(
+                f"{layout}: a shared sequence and a pipeline need whole weights in every process; combine them with "
+                "--replicas (data parallel) only"
+            )
         return layout
 
     def claim(self, environment: MutableMapping[str, str] | None = None) -> None:

@@ -59,7 +59,7 @@ def pretrain(
         _config(model, choice, data.length, two_way) for choice in choices.values()
     ]  # refuse before reading texts
     for config in configs:
-        check_sizes(args.layout, config)
+        check_sizes(args.layout, config, data.length)
     folder = Path(args.output_dir or "")
     if args.report is not None:
         _check_report(Path(args.report), model, args)

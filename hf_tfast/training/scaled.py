@@ -6,7 +6,8 @@ Its arguments carry a `layout` (see `ScalingArguments`); without one all of this
 that appear whole or not at all, the scale of fp16 losses in the logs, and SIGTERM, which saves and ends the training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
+from ..parallel.sequence import SequenceParallel
 from .averaging import Averaging
 from .faults import Terminate, whole_checkpoint
 from .layout import Layout
@@ -63,6 +66,9 @@ class Scaled:
             args.save_only_model = asked
         self.terminate, self.overflows = Terminate(), Overflows(self)
         self.averaging = Averaging(self) if getattr(self.args, "average_every", 1) > 1 else None
+        self.sequence = _share_sequence(self.model, self.layout) if self.layout.sequence > 1 else None
+        if self.sequence is not None:  # gradients are summed below, not by DistributedDataParallel
+            self.is_distributed_loading_by_transformers = True
         for callback in filter(None, (self.terminate, self.overflows, self.averaging)):
             self.add_callback(callback)
 
@@ -114,6 +120,50 @@ class Scaled:
             )
         accelerator._dataloaders.append(loader)
         return loader
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        if self.sequence is None:
+            super()._sync_replicated_trainable_parameters(model)  # type: ignore[misc]
+
+    @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """While it lasts the model takes whole rows, shared or not."""
+        if self.sequence is not None:
+            self.sequence.pause()
+        try:
+            yield
+        finally:
+            if self.sequence is not None:
+                self.sequence.resume()
+
+    def batch_loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss of a batch, however it is shared."""
+        return model(**batch).loss if self.sequence is None else self.sequence.loss(batch)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.sequence is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if return_outputs:
+            raise ValueError("outputs of a shared sequence are slices, which nothing here puts together")
+        if num_items_in_batch is None:
+            return self.sequence.loss(inputs)
+        # every process counted whole rows, of which `sequence` processes hold a slice each
+        items = num_items_in_batch / self.layout.sequence
+        return self.sequence.loss(inputs, items) * self.data_ranks
+
+    def training_step(self, *given: Any, **options: Any) -> Tensor:
+        """As Trainer's; where rows are shared, the last one of an update also sums gradients over the processes."""
+        loss = super().training_step(*given, **options)  # type: ignore[misc]
+        if self.sequence is not None and self.accelerator.sync_gradients:
+            self.sequence.reduce_gradients()
+            if self.data_ranks > 1:
+                for p in self.model.parameters():
+                    if p.grad is not None:
+                        dist.all_reduce(p.grad)
+                        p.grad /= self.args.world_size
+        return loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
@@ -179,6 +229,13 @@ class Scaled:
         if self.averaging is not None and self.averaging.drift is not None:
             logs = {**logs, "drift": self.averaging.drift}
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _share_sequence(model: Any, layout: Layout) -> SequenceParallel:
+    """Every `sequence` neighbours are a group; all processes take part in making all groups."""
+    world = layout.sequence * layout.data_ranks
+    groups = [dist.new_group(list(range(n, n + layout.sequence))) for n in range(0, world, layout.sequence)]
+    return SequenceParallel(model, groups[layout.data_rank])
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -19,6 +19,8 @@ class ScalingArguments:
     tensor_parallel: int = _size("processes that share every layer (heads and feed-forward width are cut)")
     shard: int = _size("processes that share all weights, gradients and states of the optimiser (FSDP2)")
     replicas: int = _size("groups of such processes, with whole weights between them (hybrid sharding)")
+    sequence_parallel: int = _size("processes that share every row of tokens")
+    pipeline_parallel: int = _size("processes that hold some of the layers each")
     average_every: int = _size("steps that data-parallel processes take alone before they average their weights")
     average_delay: int = _size("steps that such an average may be under way while the processes go on", 0)
 

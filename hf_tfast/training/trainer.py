@@ -91,9 +91,10 @@ class PretrainingTrainer(Scaled, Trainer):
                 "this trainer evaluates the rows that its Evaluation was made of; make another Evaluation"
             )
         context = self.accelerator.autocast()
-        mine = self.evaluation.sums(
-            self.model, rank=self.data_rank, world=self.data_ranks, context=context
-        ).tensor()
+        with self.whole_rows():
+            mine = self.evaluation.sums(
+                self.model, rank=self.data_rank, world=self.data_ranks, context=context
+            ).tensor()
         if self.args.world_size > 1:
             everybody = self.accelerator.gather(mine[None].to(self.args.device)).cpu()
             mine = everybody.sum(0) * (self.data_ranks / self.args.world_size)  # some have scored the same rows
@@ -113,7 +114,7 @@ class PretrainingTrainer(Scaled, Trainer):
 
         def step() -> None:
             with self.accelerator.autocast():
-                loss = model(**batch).loss
+                loss = self.batch_loss(model, batch)
             loss.backward()
 
         step()

@@ -36,6 +36,6 @@ def on_ranks(texts, folder, ranks, runs):
     """On a rank: every run of {name: options of `train`} -> its result."""
     found = {}
     for name, options in runs.items():
-        data = ranks if "tensor_parallel" not in options else ranks // options["tensor_parallel"]
+        data = ranks // options.get("tensor_parallel", 1) // options.get("sequence_parallel", 1)
         found[name] = train(texts, Path(folder) / name, data, **options)[0]
     return found

@@ -1,8 +1,8 @@
 """A whole int8 feed-forward in one go, so that the steps between its two products are one pass over memory.
 
 The module that owns the layers keeps its class, children and names, and gains a forward that computes the whole when
-that is the same: in inference, with all layers in their places. Otherwise it steps aside, for training, and where PEFT
-has wrapped a layer.
+that is the same: in inference on a CPU, with all layers in their places. Otherwise it steps aside: for training, where
+PEFT has wrapped a layer, and on CUDA, where bitsandbytes' own kernels compute each layer.
 
     one module      down(act(up(x))): Llama, GPT-2, DistilBERT, T5, ViT, ModernBERT, Phi-3, TFast
     two modules     BERT's intermediate.dense and output.dense: the first computes the whole and marks it, and the
@@ -54,7 +54,7 @@ class FusedInt8(nn.Module):
         """Would the plain forward compute down(act(up(x))) of these very layers, without a gradient or dropout?"""
         names, owner, down, _, _ = self.fused
         layers = [*(self._modules[name] for name in names), owner._modules[down]]
-        free = isinstance(x, Tensor) and not (torch.is_grad_enabled() and x.requires_grad)
+        free = isinstance(x, Tensor) and not x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad)
         drops = self.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.children())
         return free and not drops and not torch.is_autocast_enabled(x.device.type) and all(map(_untouched, layers))
 

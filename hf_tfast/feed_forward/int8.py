@@ -4,9 +4,9 @@
     columns in which some |x_i| >= threshold are taken out of X and multiplied as they are, with the stored W
 
 Shapes   x [.. in]   ->   [.. out]
-Cost     in out bytes and 4 out of scales: half of fp16. Time as integer matrix multiplication where the machine has it
-         (AVX-512 on a CPU, or CUDA) and, on a CPU, a compiler for the steps around it; else it is said once, and the
-         layer multiplies in bf16.
+Cost     in out bytes and 4 out of scales: half of fp16. Time as integer matrix multiplication: on CUDA that of
+         bitsandbytes' own kernels; on a CPU with AVX-512 and a C compiler for the steps around it that of torch's
+         integer product; else it is said once, and the layer multiplies in bf16.
 Exact    a weight is off by at most half a step, s_o / 254, and so is a row of x; no gradient reaches the weights.
 Source   Dettmers et al., "LLM.int8()", sections 2.1 and 3, https://arxiv.org/abs/2208.07339
 Differs  each layer is a bitsandbytes Linear8bitLt, whose own CPU path runs every elementwise step apart and, in
@@ -133,7 +133,14 @@ def int8_layer() -> Any:
             if getattr(x, "tfast_whole", False):
                 del x.tfast_whole  # type: ignore[attr-defined]
                 return x  # the whole feed-forward has been computed in front of this layer, see _fused.py
+            if x.is_cuda and step is None:
+                return self.stock(x)
             return int8_linear(x, self.product, step)
+
+        def stock(self, x: Tensor) -> Tensor:
+            """bitsandbytes' own forward pass."""
+            self.settle()
+            return super().forward(x)
 
         @property
         def product(self) -> Int8Product:

@@ -25,7 +25,7 @@ pytest.importorskip("bitsandbytes", reason="int8 feed-forwards need bitsandbytes
 
 @pytest.fixture(autouse=True)
 def _as_written():
-    """Most tests run the steps uncompiled; `test_compiled_steps_are_the_same` compares."""
+    """Most tests run the steps as torch's operations; tests/backends/test_int8_steps.py compares the C."""
     with backend.uncompiled():
         yield
 
@@ -120,23 +120,6 @@ def test_the_whole_is_its_layers(integers, activation, form):
     assert (int8_feed_forward(x, ups, down, activation, parts) - exact).norm() < 3e-3 * exact.norm()
 
 
-def test_compiled_steps_are_the_same():
-    if backend._way_of("cpu") != "compiled":
-        pytest.skip("this machine has no compiler, or no fast integer product")
-    _, up = product(40, 24, "compiled")
-    _, down = product(24, 40, "compiled", "down")
-    x = random("compiled", size=(30, 24))
-    eager = int8_feed_forward(x, [up], down, "gelu")
-    token = backend._EAGER.set(False)
-    try:
-        compiled = int8_feed_forward(x, [up], down, "gelu")
-        layer = int8_linear(x, up)
-    finally:
-        backend._EAGER.reset(token)
-    assert (compiled - eager).norm() < 3e-3 * eager.norm()
-    torch.testing.assert_close(layer, int8_linear(x, up), rtol=1e-4, atol=1e-2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(integers, dtype):
     weight, p = product(24, 40, dtype)
@@ -187,6 +170,34 @@ def test_without_a_fast_integer_product_it_says_so_and_runs_bf16(monkeypatch, ca
     finally:
         monkeypatch.undo()
         backend._way_of.cache_clear()
+
+
+def test_bitsandbytes_own_forward_computes_with_our_layer():
+    """What a CUDA tensor takes; here on the CPU."""
+    layer = int8_layer()(random("w", "stock", size=(24, 40)), random("b", "stock", size=(24,)), 6.0).eval()
+    x = random("x", "stock", size=(6, 40))
+    x[2, 3] = 20
+    with torch.no_grad():
+        torch.testing.assert_close(layer.stock(x), layer(x), rtol=0, atol=5e-2)
+    leaf = x.clone().requires_grad_()
+    layer.train().stock(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.ones(6, 24) @ layer.dequantised(), rtol=1e-2, atol=1e-2)
+    assert layer.state.CB is layer.weight.data or layer.state.CB.data_ptr() == layer.weight.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_cuda_runs_bitsandbytes_kernels(name, monkeypatch):
+    model = apply_plan(tiny(name), FastPlan(feed_forward=Int8()))
+    cpu = output(model, model_inputs(name))
+    calls = []
+    stock = int8_layer().stock
+    monkeypatch.setattr(int8_layer(), "stock", lambda self, x: calls.append(x.device.type) or stock(self, x))
+    given = {key: value.cuda() for key, value in model_inputs(name).items()}
+    gpu = output(model.cuda(), given)
+    assert calls
+    assert set(calls) == {"cuda"}
+    assert (gpu.cpu() - cpu).norm() < 0.05 * cpu.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,79 @@
+"""C that lies beside this file, compiled on first use by the machine's own compiler and kept for the next time."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+COMPILERS = ("cc", "gcc", "clang")
+# Not -ffast-math: what is not finite has to stay so.
+FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
+)  # fmt: skip
+PATIENCE = 120  # seconds
+
+
+class CannotCompile(Exception):
+    """There is no library; the message says why."""
+
+
+def compiler() -> str | None:
+    """The path of a C compiler, None where there is none."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+@cache
+def load(name: str) -> ctypes.CDLL:
+    """The library of `name`.c. CannotCompile names what is missing, or what the compiler said."""
+    program, source = compiler(), Path(__file__).with_name(f"{name}.c")
+    if program is None:
+        raise CannotCompile(f"there is no C compiler ({', '.join(COMPILERS)})")
+    about = "\n".join([source.read_text(encoding="utf-8"), program, *FLAGS, platform.platform(), _processor()])
+    path = _folder() / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(program, source, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CannotCompile(f"{path} cannot be loaded: {error}") from error
+
+
+def _compile(program: str, source: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as working:
+        made = Path(working) / path.name
+        command = [program, *FLAGS, str(source), "-o", str(made), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CannotCompile(f"{program} does not run: {error}") from error
+        if done.returncode:
+            said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0]
+            raise CannotCompile(f"{program} cannot compile {source.name}: {said[:200]}")
+        os.replace(made, path)  # another process may be at it too; either file is whole
+
+
+@cache
+def _folder() -> Path:
+    """The user's own cache, or where that cannot be written a folder that is new in each process: a library is not
+    loaded from where others can write."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "hf_tfast"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="hf_tfast-"))
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line for line in lines if line.startswith("flags")), platform.processor())

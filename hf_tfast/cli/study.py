@@ -45,6 +45,9 @@ def study(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished study in --out.")] = False,
     minutes: Annotated[float | None, typer.Option(help="End after so many minutes; --resume goes on.")] = None,
+    update: Annotated[
+        Path | None, typer.Option(help="Renew the table of this page between the markers named like the folder.")
+    ] = None,
     plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG of quality over bytes.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -53,22 +56,20 @@ def study(
     An encoder is judged by retrieval on the quick start's corpus, a causal model by the perplexity of texts that were
     held out of its training: tfast study --training runs/pretrain_clm/dense --out runs/small
     """
+    from ..benchmarking.pages import renew
     from ..benchmarking.terminal import progress, show_page
     from ..compression import study as studied
-    from ..compression.folder import read_plan
     from ..compression.study_pages import markdown
     from ..quickstart.quality import Retrieval
     from ..training.perplexity import Perplexity
 
-    given: dict[str, Any]
     if training is not None:
         refuse_given(context, ("attention", "corpus", "calibration", "length"), "a trained model brings its own")
         if model is not None:
             raise ValueError("name an encoder or --training, not both")
         given = Perplexity(training).subject(tokens)
     else:
-        mechanism = None if attention in (None, "none") else read_plan(None, attention, None).mechanism(0)
-        given = Retrieval(model, corpus, length).subject(mechanism, calibration, tokens)
+        given = Retrieval(model, corpus, length).subject(_mechanism(attention), calibration, tokens)
     request = studied.Request(
         **given, cases=studied.parse(form or studied.STANDARD), rounds=rounds, pause=pause, resume=resume,
         minutes=minutes, out=out, overwrite=overwrite, plots=plots,
@@ -79,7 +80,15 @@ def study(
         except studied.Paused as paused:
             report(str(paused))
             return
+    if update is not None:
+        renew(update, folder.name, markdown(results))
     if as_json:
         print_json({"folder": str(folder), **results})
     else:
         show_page(markdown(results), folder)
+
+
+def _mechanism(said: str | None) -> Any:
+    from ..compression.folder import read_plan
+
+    return None if said in (None, "none") else read_plan(None, said, None).mechanism(0)

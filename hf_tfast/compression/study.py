@@ -57,7 +57,7 @@ STANDARD = (
     "activation:bits=8",
     "activation:bits=4",
     "low_rank:ratio=0.75,method=activation + recovery:steps=200 + int8",
-    "pruned:ratio=0.75,method=activation,recover=true + recovery:steps=200 + int8",
+    *(f"pruned:ratio={ratio},method=activation,recover=true + recovery:steps=200 + int8" for ratio in (0.75, 0.5)),
     "pruned:ratio=0.75,method=activation,recover=true + low_rank:ratio=0.75,method=activation + recovery:steps=200"
     " + int8",
 )

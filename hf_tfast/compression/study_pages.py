@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..benchmarking.environment import busy, describe
+from ..benchmarking.pages import table
 from ..benchmarking.plot import COLOURS, need_matplotlib
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def markdown(results: dict[str, Any]) -> str:
     names = list(dense["quality"])
     header = ["feed-forwards", "MB of them", "", "MB of the model", "error of a layer", "of the output", *names]
     header += ["ms in them", "", "ms of a forward", ""] if timed else []
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = []
     for row in rows:
         cells = [f"`{row['label']}`" if row["forms"] else row["label"]]
         cells += [_mb(row["feed_forward_bytes"]), _times(row, dense, "feed_forward_bytes"), _mb(row["bytes"])]
@@ -37,8 +38,7 @@ def markdown(results: dict[str, Any]) -> str:
         for name in ("feed_forward_seconds", "seconds") if timed else ():
             cells += [f"{row[name] * 1e3:.0f}", _times(row, dense, name)]
         lines.append(cells)
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n\n".join([table, *_words(results, timed)]) + "\n"
+    return "\n\n".join([table(header, lines).rstrip(), *_words(results, timed)]) + "\n"
 
 
 def _words(results: dict[str, Any], timed: bool) -> list[str]:

@@ -161,7 +161,7 @@ def _data(
 ) -> ModelCardData:
     figures = [figure for section in measured for figure in section.figures]
     tags = ["hf_tfast", *dict.fromkeys(f"{run['mechanism']}-attention" for run in runs)]
-    given = {"library_name": "transformers", "pipeline_tag": _task(model), **metadata}
+    given = {"library_name": "transformers", "pipeline_tag": _task(model) or _measured_task(figures), **metadata}
     given["tags"] = [*tags, *(tag for tag in metadata.get("tags") or [] if tag not in tags)]
     if figures:
         given.update(eval_results=figures, model_name=name.rpartition("/")[2])
@@ -170,6 +170,11 @@ def _data(
 
 def _task(model: PreTrainedModel) -> str | None:
     return next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), None)
+
+
+def _measured_task(figures: list[Any]) -> str | None:
+    """Of a model whose class does not say (an encoder-decoder): what it was measured on."""
+    return figures[0].task_type if figures else None
 
 
 def _auto(model: PreTrainedModel) -> str:

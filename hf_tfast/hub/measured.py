@@ -1,7 +1,7 @@
 """What was measured of a model, for its card: read from the files that the measuring commands write.
 
     quickstart   results.json     settings, retrieval, passages, environment
-    training     metrics.json of one model, or results.json with the records of several
+    training     metrics.json of one model, or results.json with the records of several; the same of tasks
     fidelity     results.jsonl    records of kind "fidelity"
     bench        results.jsonl    records of kind "timing"
 
@@ -67,10 +67,11 @@ def read_results(path: str | Path, facts: Facts) -> Measured:
     if isinstance(content, dict):
         if "retrieval" in content and "settings" in content:
             return _quickstart(content, facts, path)
-        if "final" in content and "attention" in content:
-            return _training([content], facts, path)
-        if "records" in content:
-            return _training(content["records"], facts, path)
+        records = content.get("records", [content] if "attention" in content else [])
+        if records and "task" in records[0]:
+            return _tasks(records, facts, path)
+        if records and "final" in records[0]:
+            return _training(records, facts, path)
     raise ValueError(f"{path} is no result of tfast quickstart, fidelity or bench, nor of a training")
 
 
@@ -176,15 +177,20 @@ def _mib(record: Record) -> str:
     return "-" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:.0f} MiB"
 
 
-def _training(records: list[Record], facts: Facts, path: Path) -> Measured:
-    """All records of a comparison, the model's own in bold; it must be among them."""
+def _own(records: list[Record], facts: Facts, path: Path) -> Record:
+    """The model's own record among those of a comparison."""
     mine = [r for r in records if r["attention"] == facts.attention and r["parameters"] == facts.parameters]
     if len(mine) != 1:
         raise ValueError(
             f"{path} holds trainings with {[r['attention'] for r in records]} of {records[0]['parameters']:,} "
             f"parameters, but this model runs {facts.attention} with {facts.parameters:,}: another model"
         )
-    own = mine[0]
+    return mine[0]
+
+
+def _training(records: list[Record], facts: Facts, path: Path) -> Measured:
+    """All records of a comparison, the model's own in bold; it must be among them."""
+    own = _own(records, facts, path)
     masked = "eval_accuracy" in own["final"]
     share = ("accuracy", "eval_accuracy") if masked else ("bits per byte", "eval_bits_per_byte")
     rows = []
@@ -204,6 +210,44 @@ def _training(records: list[Record], facts: Facts, path: Path) -> Measured:
     task = "fill-mask" if masked else "text-generation"
     figures = [EvalResult(task, "held-out", "held-out texts of the training data", "perplexity",
                           round(own["final"]["eval_perplexity"], 4))]  # fmt: skip
+    return Measured("Training", f"{_rows(columns, rows)}\n\n{_foot(own['environment'], about)}", figures)
+
+
+# task of a training: its task on the Hub, and the metrics that a card shows, each with the factor it is written with
+_METRICS = {
+    "translation": ("translation", {"bleu": 1, "chrf": 1}),
+    "summarization": ("summarization", {"rouge1": 100, "rouge2": 100, "rougeL": 100}),
+    "dialogue": ("text-generation", {"perplexity": 1, "bleu": 1}),
+    "sequence": ("text-classification", {"accuracy": 100, "f1": 100}),
+    "token": ("token-classification", {"f1": 100, "precision": 100, "recall": 100}),
+    "qa": ("question-answering", {"exact_match": 100, "f1": 100}),
+}
+
+
+def _tasks(records: list[Record], facts: Facts, path: Path) -> Measured:
+    """The test figures of all models of a comparison, the model's own in bold."""
+    own = _own(records, facts, path)
+    task, metrics = _METRICS[own["task"]]
+    rows = []
+    for r in records:
+        mark, test = "**" if r is own else "", r["test"]
+        cells = [_named(r["attention"]) + (f", {json.dumps(r['feed_forward'])}" if r["feed_forward"] else "")]
+        cells += [f"{r['parameters']:,}", f"{test['test_loss']:.3f}"]
+        cells += [f"{test[f'test_{name}'] * factor:.2f}" for name, factor in metrics.items()]
+        rows.append([f"{mark}{cell}{mark}" for cell in (*cells, f"{r['training_seconds']:.0f}")])
+    examples = own["examples"]
+    scored = "test" if "test" in examples else "validation"
+    about = (
+        f"Task: {own['task']}. {own['steps']} steps, {own['epochs']:.2f} epochs of {examples['train']:,} examples; "
+        f"the best of the checkpoints by {examples['validation']:,} validation examples, scored on {examples[scored]:,} "
+        f"{scored} examples. Loss: nats per label."
+    )
+    columns = ("model", "parameters", "loss", *metrics, "training seconds")
+    figures = [
+        EvalResult(task, "held-out", "held-out rows of the training data", name,
+                   round(own["test"][f"test_{name}"] * factor, 4))
+        for name, factor in metrics.items()
+    ]  # fmt: skip
     return Measured("Training", f"{_rows(columns, rows)}\n\n{_foot(own['environment'], about)}", figures)
 
 

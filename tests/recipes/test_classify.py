@@ -5,12 +5,12 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from tests.training.tasks.tiny_tasks import SMALL, classes_file, load, tags_file, tiny_bert, write_jsonl
 
-PRETRAINED = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) for word in pair
-              if pair[0] not in ("--hidden_size", "--layers", "--heads", "--intermediate_size", "--vocab_size")]  # fmt: skip
+SIZES = ("--hidden_size", "--layers", "--heads", "--intermediate_size", "--vocab_size")
+PRETRAINED = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) for word in pair if pair[0] not in SIZES]
 
 
 def run(folder, *given, small=SMALL):
-    return load("classify").main([*map(str, given), "--output_dir", str(folder / "out"), *small])
+    return load("classify").main([*small, *map(str, given), "--output_dir", str(folder / "out")])
 
 
 def test_a_pretrained_encoder_made_longer_and_fast(tmp_path):
@@ -31,11 +31,13 @@ def test_optimisers_on_the_same_run(tmp_path):
     pytest.importorskip("bitsandbytes")
     pairs = ["adamw=1e-3", "sgd=0.1", "adagrad=0.01", "adadelta=1.0", "adamw_8bit=1e-3"]
     records = run(tmp_path, "--train_file", classes_file(tmp_path), "--validation_share", "0.3", "--compare_optim",
-                  *pairs)  # fmt: skip
+                  *pairs, "--max_steps", "4", "--warmup_steps", "0")  # fmt: skip
     assert [r["optim"] for r in records] == ["adamw_torch", "sgd", "adagrad", "adadelta", "adamw_bnb_8bit"]
-    losses = [r["history"][1]["loss"] for r in records]
-    assert len(set(losses)) == len(losses)  # the second step differs, for each went its own way in the first
-    assert records[0]["history"][0]["loss"] == records[3]["history"][0]["loss"]
+    losses = [[h["loss"] for h in r["history"] if "loss" in h] for r in records]
+    assert len({first for first, *_ in losses}) == 1
+    lasts = [last for *_, last in losses]
+    assert len(set(lasts[:4])) == 4  # each went its own way
+    assert lasts[4] == pytest.approx(lasts[0], abs=1e-4)  # tensors this small are kept in 32 bits
     assert [r["training"]["learning_rate"] for r in records] == [1e-3, 0.1, 0.01, 1.0, 1e-3]
 
 

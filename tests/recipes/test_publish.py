@@ -43,7 +43,8 @@ def test_converted(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the red dog sees the big house. " * 40)
     load("convert").main(["--model", str(tiny_bert(tmp_path / "bert")), "--attention", "window:window=4",
-                          "--calibration", str(text), "--length", "16", "--rounds", "0", "--out", str(tmp_path / "fast")])  # fmt: skip
+                          "--calibration", str(text), "--length", "16", "--rounds", "0",
+                          "--out", str(tmp_path / "fast")])  # fmt: skip
     assert AutoModel.from_pretrained(tmp_path / "fast").config.quantization_config.attention is not None
     assert (tmp_path / "fast" / "conversion" / "report.json").is_file()
 

@@ -22,12 +22,13 @@ __all__ = ["Layout", "attend_tiles"]
 
 
 def attend_tiles(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, score: Score, *, start: int = 0, kept: int = 0
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, score: Score, *, start: int = 0, kept: int = 0, behind: int = 0
 ) -> Tensor:
     """Attention of q [b h i d] over k [b g j d], v [b g j e] in the pattern of `layout` -> [b h i e].
 
-    Full rows: the queries are the last i positions; key n has position n below `kept` and n + start from there on.
-    Differentiable once, in q, k, v and score.sinks. ValueError where a cache dropped keys that the pattern reads.
+    Full rows: the queries are the last i positions, or the last in front of the `behind` last keys (where there are no
+    lists); key n has position n below `kept` and n + start from there on. Differentiable once, in q, k, v and
+    score.sinks. ValueError where a cache dropped keys that the pattern reads.
     """
     if start and layout.sinks > kept:
         raise ValueError(
@@ -37,7 +38,8 @@ def attend_tiles(
     if wide:
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):
-        o = _Tiles.apply(q, k.contiguous(), v.contiguous(), score.sinks, Call(q, k, layout, score, start, kept))
+        call = Call(q, k, layout, score, start, kept, behind)
+        o = _Tiles.apply(q, k.contiguous(), v.contiguous(), score.sinks, call)
     return o.half() if wide else o
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["few_keys", "few_queries"]
+__all__ = ["few_keys", "few_queries", "few_queries_part"]
 
 ELEMENTS = 2**19  # scores computed at a time: they stay in the cache between two passes
 
@@ -38,12 +38,19 @@ def few_queries(
     The queries that share a key head are rows of one matmul. `sinks` [h] are logits that carry no value.
     Differentiable once, in q, k, v and sinks.
     """
+    o, lse = few_queries_part(q, k, v, scale, softcap=softcap)
+    return o if sinks is None else o * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]
+
+
+def few_queries_part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`few_queries` of a part of the keys, and the logarithm [b h i] of its sum of weights, by which parts merge."""
     with torch.autocast(q.device.type, enabled=False):
         b, g = k.shape[:2]
         rows = (q.to(torch.promote_types(q.dtype, torch.float32)) * scale).reshape(b * g, -1, q.shape[-1])
         o, lse = _FewQueries.apply(rows, k.flatten(0, 1), v.flatten(0, 1), softcap)
-        o, lse = o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
-        return o if sinks is None else o * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]
+        return o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
 def _heads(x: Tensor, h: int) -> Tensor:

@@ -55,16 +55,19 @@ class Layout:
 
 
 class Call:
-    """What the tiles of one call share: q [b h i d], k [b g j d]; see `attend_tiles` for start and kept."""
+    """What the tiles of one call share: q [b h i d], k [b g j d]; see `attend_tiles` for start, kept and behind."""
 
-    def __init__(self, q: Tensor, k: Tensor, layout: Layout, score: Score, start: int, kept: int) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, layout: Layout, score: Score, start: int, kept: int, behind: int = 0
+    ) -> None:
         self.b, self.h, self.i, self.d = q.shape
         self.g, self.j = k.shape[1:3]
         self.dtype, self.device = q.dtype, q.device
         self.layout, self.score, self.start = layout, score, start
         self.kept = kept if start else 0  # the band may not reach across the gap by index
         self.groups = self.h // self.g
-        self.offset = self.j - self.i
+        self.behind = behind
+        self.offset = self.j - self.i - behind
         self.at = torch.arange(self.j, device=q.device)  # positions of the keys
         if start:
             self.at[self.kept :] += start
@@ -80,7 +83,7 @@ class Call:
     def _band(self, query: int) -> Iterator["Tile"]:
         lay, c = self.layout, self.layout.queries
         ready = max(self.kept, lay.sinks) + lay.before - self.offset  # from here on neither border nor sinks are met
-        inner = max((self.i - lay.after - max(query, ready)) // c, 0)
+        inner = max((self.i + min(self.behind - lay.after, 0) - max(query, ready)) // c, 0)
         while query < self.i:
             if inner and query >= ready:
                 most = max(1, ROWS // (c * self.groups))

@@ -26,6 +26,7 @@ from ..attention.dense import Dense
 from ._basis import basis_of
 from ._dense import cross_attention, eager_attention, is_dense_mask, masked_attention, pairs
 from ._modules import is_cross
+from ._sequence import sequence_of
 from ._stamps import NAME, Ran, Stamp, note, stamp_of
 from ._within import within
 from .cache import own_layer
@@ -107,7 +108,14 @@ def _dispatch(
     stamp = _stamp(name, module, given)
     _refuse(options, module)
     q, k, v = _autocast(*qkv)
-    layer = own_layer(module)
+    layer, shared = own_layer(module), sequence_of(module)
+    if shared is not None:  # other processes hold the rest of the sequence
+        if layer is not None or (given is not None and is_dense_mask(given)):
+            raise ValueError(
+                f"{stamp.path}: a sequence over several processes has neither a cache nor a dense 4-D mask; pass "
+                "use_cache=False and what `shard` made of the batch"
+            )
+        layer = shared.layer(given)
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", None)
@@ -359,6 +367,7 @@ def _compare(call: _Call, mechanism: Mechanism, o: Tensor, layer: OwnLayer | Non
     if expected is None:  # a running state no longer knows its keys
         return
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(o.dtype, 3e-2)
+    o, expected = o.detach(), expected.detach()
     off = float((o.double() - expected.double()).abs().max()) if o.numel() else 0.0
     allowed = tolerance * max(1.0, float(expected.double().abs().max()) if o.numel() else 0.0)
     if not off <= allowed:

@@ -24,7 +24,8 @@ A student of half the size that learns what the first says (sequence-level disti
 A pretrained model with a window, on documents and their summaries:
 
     accelerate launch recipes/finetune_seq2seq.py --task summarization --model facebook/bart-base \
-        --train_file a.jsonl --columns source=article target=summary --attention '{"mechanism": "window", "window": 256}' --early_stopping 3
+        --train_file a.jsonl --columns source=article target=summary --early_stopping 3 \
+        --attention '{"mechanism": "window", "window": 256}'
 
 Expected of the first: docs/results/translation/table.md, where its cost stands too.
 """

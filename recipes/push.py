@@ -4,7 +4,8 @@
 r"""Publish a trained or converted model with its card: what it runs, and what was measured of it.
 
     accelerate launch --cpu --num_processes 1 --mixed_precision no recipes/push.py \
-        --model runs/translation/dense/model --name user/tfast-en-de --license apache-2.0 --results docs/results/translation --remote_code true
+        --model runs/translation/dense/model --name user/tfast-en-de --license apache-2.0 \
+        --results docs/results/translation/from_scratch --remote_code true
 
 Without --name nothing leaves the machine: --folder makes the same files for a look at them.
 

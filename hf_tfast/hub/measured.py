@@ -239,8 +239,8 @@ def _tasks(records: list[Record], facts: Facts, path: Path) -> Measured:
     scored = "test" if "test" in examples else "validation"
     about = (
         f"Task: {own['task']}. {own['steps']} steps, {own['epochs']:.2f} epochs of {examples['train']:,} examples; "
-        f"the best of the checkpoints by {examples['validation']:,} validation examples, scored on {examples[scored]:,} "
-        f"{scored} examples. Loss: nats per label."
+        f"the best of the checkpoints by {examples['validation']:,} validation examples, scored on "
+        f"{examples[scored]:,} {scored} examples. Loss: nats per label."
     )
     columns = ("model", "parameters", "loss", *metrics, "training seconds")
     figures = [

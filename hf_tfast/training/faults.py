@@ -107,7 +107,7 @@ def whole_checkpoint(trainer: Any) -> Iterator[Path]:
             output_dir=str(run),
             save_total_limit=trainer.args.save_total_limit,
             best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
+            use_mtime=False,
         )
     _meet(trainer)
 

@@ -33,7 +33,7 @@ class Overflows(TrainerCallback, ExportableState):
     """Counts the updates that were skipped because fp16 gradients overflowed; the count is kept in checkpoints."""
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer, self.skipped = trainer, 0
+        self.trainer, self.skipped, self.before = trainer, 0, 1.0
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"skipped": self.skipped}}
@@ -42,8 +42,16 @@ class Overflows(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         self.skipped = saved.get("attributes", {}).get("skipped", 0)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self._scale()
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.skipped += int(self.trainer.accelerator.optimizer_step_was_skipped)
+        # not accelerate's optimizer_step_was_skipped: it is never so with fused optimisers, which skip by themselves
+        self.skipped += int(self._scale() < self.before)
+
+    def _scale(self) -> float:
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
 
 
 class Scaled:

@@ -51,8 +51,7 @@ def simulated(delay, every=EVERY, ranks=2):
                 waiting = None
     if waiting:
         merge(nets, waiting[1])
-    mean = [torch.stack(ps).mean(0) for ps in zip(*[[p.detach() for p in n.parameters()] for n in nets], strict=True)]
-    return mean
+    return [torch.stack(ps).mean(0) for ps in zip(*[[p.detach() for p in n.parameters()] for n in nets], strict=True)]
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ _HOMES = {
     "hf_tfast.hub.remote": ("save_code",),
     "hf_tfast.hub.share": ("push", "save"),
     "hf_tfast.compression": ("convert", "dequantise"),
+    "hf_tfast.distillation.trainer": ("DistillationTrainer",),
     "hf_tfast.feed_forward.activation": ("Activation",),
     "hf_tfast.feed_forward.int8": ("Int8",),
     "hf_tfast.feed_forward.low_rank": ("LowRank",),

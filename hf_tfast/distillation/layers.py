@@ -65,7 +65,7 @@ def mapped_hidden_loss(
     kind: str = "mse",
     projections: Projections | None = None,
 ) -> Tensor:
-    """Mean of `hidden_loss` over the layers of a map; states [b n d] of every layer, without those of the embeddings."""
+    """Mean of `hidden_loss` over the layers of a map. States [b n d] of every layer, without those of embeddings."""
     losses = []
     for n, m in layers.items():
         states = student[n] if projections is None else projections.project(n, student[n])

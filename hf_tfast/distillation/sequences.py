@@ -36,7 +36,8 @@ def teacher_labels(
     try:
         inputs = {name: x.to(teacher.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         inputs = {name: x for name, x in inputs.items() if not name.startswith(("labels", "decoder_"))}
-        made = teacher.generate(**inputs, num_beams=beams, max_new_tokens=max_new_tokens, do_sample=False, **options)
+        generate: Any = teacher.generate
+        made = generate(**inputs, num_beams=beams, max_new_tokens=max_new_tokens, do_sample=False, **options)
     finally:
         teacher.train(was_training)
     made = made[:, 1:]
@@ -70,4 +71,4 @@ def teacher_texts(
         )
         labels = teacher_labels(teacher, dict(given), **options)
         for row in labels:
-            yield tokenizer.decode(row[row != IGNORED], skip_special_tokens=True)
+            yield str(tokenizer.decode(row[row != IGNORED], skip_special_tokens=True))

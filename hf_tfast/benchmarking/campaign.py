@@ -40,6 +40,7 @@ class Suite:
     draw: Callable[[Sequence[Record], Path, str], None]
     content: str = "normal"
     patience: float = 4.0
+    level: str = "module"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Run:
 
 def races(suite: Suite, run: Run) -> list[Case]:
     """The cases of a suite, short ones first, so that what is there after an interruption is whole in itself."""
-    base = {"level": "module", "content": suite.content, **run.base}
+    base = {"level": suite.level, "content": suite.content, **run.base}
     order = product(sorted(run.lengths), run.dtypes, run.passes, suite.causal)
     return [Case(length=n, dtype=t, passes=p, causal=c, **base) for n, t, p, c in order]
 

@@ -27,7 +27,7 @@ from .memory import available_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 PASSES = ("forward", "both")
-LEVELS = ("kernel", "module")
+LEVELS = ("kernel", "module", "model")
 CONTENTS = ("normal", "topics")
 TOPIC, ALIKE, LOUD = 64, 0.8, 1.25  # tokens of a topic on average, cosine of two of them, size of an activation
 
@@ -126,6 +126,8 @@ class Inputs:
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Standard normal activations, weights of a linear layer's usual size; the same for equal case and seed."""
+    if case.level == "model":
+        return Inputs((), torch.ones((), device=case.device), None)
     generator = torch.Generator().manual_seed(seed)
     dtype, inner, outer = DTYPES[case.dtype], case.kv_heads * case.width, case.heads * case.width
 

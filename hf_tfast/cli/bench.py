@@ -38,7 +38,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     suite: Annotated[
         str | None,
-        typer.Option(help="Instead of a grid: targets, modules (every mechanism), peers (Transformers' own modules)."),
+        typer.Option(help="Instead of a grid: targets, modules (every mechanism), models, peers, feed_forward."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Samples of each competitor at most, taken in turns.")] = 7,
     seconds: Annotated[
@@ -48,16 +48,14 @@ def bench(
     out: Out = None,
     overwrite: Overwrite = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="modules, peers: go on with the folder of an earlier session.")
+        bool, typer.Option("--resume", help="Long suites: go on with the folder of an earlier session.")
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(help="modules, peers: begin no race after so many; --resume goes on.")
+        float | None, typer.Option(help="Long suites: begin no race after so many; --resume goes on.")
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="modules, peers: short lengths, to see that it runs.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Long suites: short lengths, to see that it runs.")] = False,
     update: Annotated[
-        Path | None, typer.Option(help="modules, peers: renew the tables between their markers on this page.")
+        Path | None, typer.Option(help="Long suites: renew the tables between their markers on this page.")
     ] = None,
     plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plots over the length.")] = True,
     as_json: Json = False,
@@ -71,7 +69,10 @@ def bench(
     if suite in LONG:
         _long_suite(context, suite)
         return
-    refuse_given(context, LONG_OPTIONS, f"only --suite {' and --suite '.join(LONG)} take")
+    if suite == "feed_forward":
+        _feed_forward_suite(context)
+        return
+    refuse_given(context, LONG_OPTIONS, f"only --suite {', '.join([*LONG, 'feed_forward'])} take")
     output = runs.Output(out=out, overwrite=overwrite, plots=plots)
     if suite is not None:
         refuse_given(context, GRID_OPTIONS, f"--suite {suite} brings its own cases; leave out")
@@ -129,3 +130,27 @@ def _long_suite(context: typer.Context, name: str) -> None:
         print_json({"folder": str(folder), "records": records})
     else:
         show_page(chosen.markdown(records), folder)
+
+
+def _feed_forward_suite(context: typer.Context) -> None:
+    """`tfast bench --suite feed_forward`; --lengths are numbers of rows."""
+    from ..benchmarking.feed_forward import NAME, QUICK, ROWS, Run, conduct
+    from ..benchmarking.feed_forward_pages import markdown
+    from ..benchmarking.pages import renew
+    from ..benchmarking.terminal import progress, show_page
+
+    unused = (*sorted(set(GRID_OPTIONS) - {"lengths"}), "level", "device", "seconds", "overwrite")
+    refuse_given(context, unused, f"--suite {NAME} takes rows as --lengths and no")
+    said = context.params
+    if said["quick"] and was_given(context, "lengths"):
+        raise ValueError("--quick brings its own lengths; leave out --lengths")
+    rows = whole_numbers(said["lengths"]) if was_given(context, "lengths") else QUICK if said["quick"] else ROWS
+    run = Run(**{option: said[option] for option in ("out", "resume", "rounds", "minutes", "plots")}, rows=rows)
+    with progress(said["as_json"]) as report:
+        folder, records = conduct(run, report)
+    if said["update"] is not None:
+        renew(said["update"], NAME, markdown(records))
+    if said["as_json"]:
+        print_json({"folder": str(folder), "records": records})
+    else:
+        show_page(markdown(records), folder)

@@ -60,7 +60,7 @@ def test_a_mask_that_does_not_fit_is_refused(monkeypatch):
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"dtype": "int8"}, "dtype must be one of fp32, .*got 'int8'"),
         ({"passes": "backward"}, "passes must be one of"),
-        ({"level": "model"}, "level must be one of"),
+        ({"level": "layer"}, "level must be one of"),
         ({"heads": 6, "kv_heads": 4}, "6 query heads cannot share 4"),
         ({"left_padding": 33}, "left padding must leave tokens"),
     ],

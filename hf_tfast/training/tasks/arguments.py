@@ -182,6 +182,8 @@ def read_choice(text: str) -> dict[str, Any]:
         if {"attention", "feed_forward"} & set(given):
             if more := sorted(set(given) - {"attention", "feed_forward"}):
                 raise ValueError(f"a choice has attention and feed_forward, got {more[0]!r} beside them")
+            if isinstance(given.get("attention"), str):
+                given["attention"] = read_attention(given["attention"])
             return given
         if {"encoder", "decoder"} & set(given):
             return {"attention": given}

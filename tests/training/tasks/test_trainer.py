@@ -203,7 +203,8 @@ def test_resuming_goes_the_same_way(tmp_path):
     """A training that was stopped at its second checkpoint ends as one that was not."""
     task, data, sizes, _ = parts(tmp_path, "translation")
     options = {"max_steps": 4, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2,
-               "load_best_model_at_end": True, "token_dropping": 0.2, "save_total_limit": None, "logging_steps": 1}  # fmt: skip
+               "load_best_model_at_end": True, "token_dropping": 0.2, "save_total_limit": None,
+               "logging_steps": 1}  # fmt: skip
     (whole,) = finetune(task, data, sizes, training(tmp_path / "a", **options))
     (tmp_path / "b").mkdir()
     finetune(task, data, sizes, training(tmp_path / "b", **options))

@@ -52,6 +52,36 @@ def test_readme_runs(capsys):
         assert scope["encoder"](torch.ones(1, 600, dtype=torch.int64)).last_hidden_state.shape == (1, 600, 32)
 
 
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.usefixtures("tiny_hub")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_pages_run(path):
+    scope: dict[str, object] = {}
+    for line, code in blocks(path):
+        exec(compile("\n" * line + code, str(path), "exec"), scope)
+
+
+@pytest.mark.parametrize("path", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+        assert link.startswith("http") or (path.parent / link).exists(), link
+
+
+def test_errors_are_quoted_as_they_are():
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    code = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in (ROOT / "hf_tfast").rglob("*.py")
+    )
+    code = re.sub(r"\{[^{}]*\}", "{}", code)
+    quoted = [words for row in re.findall(r"^\| (`.*?) \|", page, re.M) for words in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 10
+    for words in quoted:
+        said = words.replace("'tfast'", "'{}'").replace("nystrom", "{}")
+        assert words in code or said in code, words
+
+
 def test_readme_runs_early():
     line, code = blocks(README)[0]
     assert line <= 20 - code.count("\n") + 1, "the first running Python has to stand by line 20"

@@ -1,6 +1,7 @@
 """Metrics as `evaluate.Metric` classes that come with the package: nothing is downloaded.
 
-    metric = hf_tfast.metrics.load("rouge")              # or hf_tfast.metrics.Rouge()
+    from hf_tfast import metrics
+    metric = metrics.load("rouge")                       # or metrics.Rouge()
     metric.compute(predictions=[...], references=[...])
 
 One metric a file, found in this folder; its class is the file's name in camel case.

@@ -7,6 +7,20 @@ from ..training.arguments import PretrainingArguments, _json, _option, read_atte
 from .layerwise import LayerMatching
 from .whole import LogitMatching
 
+# Settings that a distillation cannot change between its beginning and its resumption, beside those of any training.
+FIXED = (
+    "layer_steps",
+    "layer_learning_rate",
+    "match",
+    "one_at_a_time",
+    "temperature",
+    "divergence",
+    "labels_weight",
+    "hidden_weight",
+    "lora_rank",
+    "patience",
+)
+
 
 @dataclass
 class StudentArguments:
@@ -73,6 +87,4 @@ class DistillationArguments(PretrainingArguments):
 
     def fixed(self) -> dict[str, Any]:
         """The settings on which the result depends."""
-        mine = ("layer_steps", "layer_learning_rate", "match", "one_at_a_time", "temperature", "divergence")
-        mine += ("labels_weight", "hidden_weight", "lora_rank", "patience")
-        return {**super().fixed(), **{name: getattr(self, name) for name in mine}}
+        return {**super().fixed(), **{name: getattr(self, name) for name in FIXED}}

@@ -224,6 +224,8 @@ class Layerwise:
     def _student_outputs(self, model: Any, batch: Mapping[str, Any], given: dict[int, Tensor]) -> dict[int, Tensor]:
         """What is matched of the student's layers on the given inputs. The other layers are passed by."""
         outputs: dict[int, Tensor] = {}
+        if not self._returns:
+            self._learn_returns(batch)
         run = self.student.base_model if model is self.student else model  # a wrapper has to see its own forward
         with self._forced(given, outputs):
             run(**model_inputs(self.student, batch))
@@ -232,6 +234,22 @@ class Layerwise:
                 f"{type(self.student).__name__} ran, but not its layers {sorted(set(given) - set(outputs))}"
             )
         return outputs
+
+    def _learn_returns(self, batch: Mapping[str, Any]) -> None:
+        """See, in one forward that leaves no trace, what layers of each class return: a tensor, or a tuple."""
+        found: dict[type, int | None] = {}
+
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            found[type(module)] = len(out) if isinstance(out, tuple) else None
+
+        device = self.student.device
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+            stack.enter_context(torch.no_grad())
+            for block in self.blocks:
+                stack.callback(block.module.register_forward_hook(hook).remove)
+            self.student.base_model(**model_inputs(self.student, batch))
+        self._returns = found
 
     @contextmanager
     def _forced(self, given: dict[int, Tensor], outputs: dict[int, Tensor]) -> Iterator[None]:
@@ -249,31 +267,27 @@ class Layerwise:
     ) -> Callable[..., Any]:
         kind = type(block.module)
 
+        def seen(y: Tensor) -> None:
+            outputs[n] = y
+            if self.objective.match == "attention":  # nothing after it is needed
+                raise _Enough
+
         def run(*args: Any, **kwargs: Any) -> Any:
             was = args[0] if args else kwargs["hidden_states"]
-            if x is not None:
-                args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-            whole = kind not in self._returns  # what a layer returns is known once one has run to its end
-
-            def seen(y: Tensor) -> None:
-                outputs[n] = y
-                if not whole:
-                    raise _Enough
-
-            if x is None and not whole:
+            if x is None:
                 return self._as_returned(kind, was)
-            stop = None if x is None or self.objective.match == "block" else self._listen(block, seen)
+            args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+            stop = self._listen(block, seen) if self.objective.match == "attention" else None
             try:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and x is not None):
-                    out = forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
             except _Enough:
                 return self._as_returned(kind, was)
             finally:
                 if stop is not None:
                     stop()
-            self._returns[kind] = len(out) if isinstance(out, tuple) else None
-            if x is not None and self.objective.match == "block":
-                outputs[n] = _first(out)
+            if self.objective.match == "attention":
+                raise ValueError(f"{block.attention_path} was not called by its layer: match its block instead")
+            seen(_first(out))
             return self._as_returned(kind, was)
 
         return run

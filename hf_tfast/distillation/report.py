@@ -87,7 +87,7 @@ def _foot(teacher: Record, records: Sequence[Record]) -> list[str]:
         f"Losses are nats per token on {final['eval_targets']:,.0f} targets of held-out documents, in sequences of "
         f"{data['length']}. Far: the token last occurred in the same document more than {data['far']} tokens ago; "
         f"new: it did not. Targets: {shares}.",
-        f"Stage 1: {training['match']} outputs of every layer on the teacher's inputs, {training['layer_steps']} steps;"
+        f"Stage 1: {training['match']} outputs of layers on the teacher's inputs, {training['layer_steps']} steps;"
         f" stage 2: {training['divergence']} KL of logits, temperature {training['temperature']:g}, weight of labels "
         f"{training['labels_weight']:g}, {training['max_steps']} steps; steps of "
         f"{training['per_device_train_batch_size'] * training['gradient_accumulation_steps'] * training['world_size']}"

@@ -115,8 +115,10 @@ def _student(
     place.mkdir(parents=True, exist_ok=True)
     model = _begin(student, attention)
     stages: Record = {}
-    plan = [("layers", args.layers, args.layer_steps, args.layer_learning_rate)]
-    plan.append(("logits", args.whole, args.max_steps, args.learning_rate))
+    plan: list[tuple[str, Any, int, float]] = [
+        ("layers", args.layers, args.layer_steps, args.layer_learning_rate),
+        ("logits", args.whole, args.max_steps, args.learning_rate),
+    ]
     for name, objective, steps, rate in plan:
         if not steps or (name == "layers" and student.sizes):  # a student of other widths has no layers to match
             continue

@@ -31,6 +31,7 @@ from ._moments import Moments
 
 KINDS = ("learned", "binary", "piecewise")
 SEEN = 1 << 16  # sampled numbers from which the first levels are made
+EXTREME = 1 << 10  # of them the largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,9 @@ class Activation(Form):
                 weight_of(block.get(path), path)  # raises and names it
         for path, layer in layers.items():
             kind = weight_of(layer, path)
-            x = None
+            x = weight = None
             if self.calibrated and not kind.is_meta:
-                x = spread(self._moments(path, moments).sample)
+                x, weight = spread(self._moments(path, moments).sample)
             signed = bool(size[path]) if size is not None else x is None or bool((x < 0).any())
             made: nn.Module
             if self.kind == "learned":
@@ -86,7 +87,8 @@ class Activation(Form):
             if not kind.is_meta:
                 limit = self.limit or 1.0
                 with torch.no_grad():
-                    made.start(torch.linspace(-limit, limit, SEEN) if x is None else x)  # type: ignore[operator]
+                    start: Any = made.start
+                    start(torch.linspace(-limit, limit, SEEN) if x is None else x, weight)
             made.to(device=kind.device, dtype=kind.dtype)
             block.replace(path, ActivationQuantized(layer, made))
             sizes[path] = signed
@@ -134,12 +136,12 @@ class Learned(nn.Module):
         self.high: int = self.low + 2**bits - 1
         self.step = nn.Parameter(torch.ones(()))
 
-    def start(self, x: Tensor) -> None:
-        """The step of least squared error over x [n], among a hundred."""
+    def start(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """The step of least squared error over x [n], among a hundred; `weight` [n] as of `spread`."""
         high = max(self.high, 1)
         widest = x.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) / high
         steps = [widest * share / 50 for share in range(1, 101)]
-        errors = torch.stack([(self._round(x, step) - x).square().mean() for step in steps])
+        errors = torch.stack([_squares(self._round(x, step) - x, weight) for step in steps])
         self.step.copy_(steps[int(errors.argmin())])
 
     def codes(self, x: Tensor) -> Tensor:
@@ -177,16 +179,20 @@ class Binary(nn.Module):
         self.steps = nn.Parameter(torch.ones(bits))
         self.thresholds = nn.Parameter(torch.ones(bits) / 2)
 
-    def start(self, x: Tensor) -> None:
+    def start(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Equal steps of least squared error over x [n]; at one bit the means on each side of a threshold."""
         if self.bits == 1:
             low, high = float(x.amin()), float(x.amax())
+            w = torch.ones_like(x) if weight is None else weight
             for _ in range(20):  # Lloyd's iteration
-                below, above = x[x < (low + high) / 2], x[x >= (low + high) / 2]
-                low, high = (float(part.mean()) if len(part) else end for part, end in ((below, low), (above, high)))
+                up = x >= (low + high) / 2
+                low, high = (
+                    float((x[part] * w[part]).sum() / w[part].sum()) if part.any() else end
+                    for part, end in ((~up, low), (up, high))
+                )
             self._span(low, high)
         else:
-            start_best(self, x, self._span)
+            start_best(self, x, weight, self._span)
 
     def _span(self, low: float, high: float) -> None:
         span = max(high - low, torch.finfo(torch.float32).tiny)
@@ -214,7 +220,7 @@ class Piecewise(nn.Module):
         self.first = nn.Parameter(torch.zeros(()))
         self.widths = nn.Parameter(torch.zeros(pieces))  # logarithms: pieces never turn around
 
-    def start(self, x: Tensor) -> None:
+    def start(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Thresholds halfway between equal shares of x [n] and equal distances, the ends of least squared error."""
 
         def between(low: float, high: float) -> None:
@@ -224,7 +230,7 @@ class Piecewise(nn.Module):
             self.first.copy_(thresholds[0])
             self.widths.copy_(thresholds.diff().clamp(min=1e-6).log())
 
-        start_best(self, x, between)
+        start_best(self, x, weight, between)
 
     def forward(self, x: Tensor) -> Tensor:
         widths = self.widths.to(torch.promote_types(x.dtype, torch.float32)).exp()
@@ -240,21 +246,36 @@ class Piecewise(nn.Module):
         return (ends[m] + (u - m) * widths[m]).to(x.dtype)
 
 
-def start_best(levels: nn.Module, x: Tensor, start: Callable[[float, float], None]) -> None:
+def start_best(levels: nn.Module, x: Tensor, weight: Tensor | None, start: Callable[[float, float], None]) -> None:
     """Start levels between the ends, among several quantiles of x [n], that round x with the least squared error."""
     found: list[tuple[float, float, float]] = []
     for share in (0.0, 0.0005, 0.002, 0.01, 0.03, 0.07, 0.15):
         low, high = (float(torch.quantile(x.float(), q)) for q in (share, 1 - share))
         if high > low or not share:
             start(low, high)
-            found.append((float((levels(x).detach() - x).square().mean()), low, high))
+            found.append((float(_squares(levels(x).detach() - x, weight)), low, high))
     start(*min(found)[1:])
 
 
-def spread(sample: Tensor) -> Tensor:
-    """At most SEEN numbers of a sample [n d], evenly taken, in fp32."""
-    flat = sample.float().flatten()
-    return flat[:: max(1, len(flat) // SEEN)][:SEEN]
+def _squares(off: Tensor, weight: Tensor | None) -> Tensor:
+    return off.square().mean() if weight is None else (off.square() * weight).sum() / weight.sum()
+
+
+def spread(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """At most SEEN numbers of a sample [n d] in fp32, and how many each stands for: the EXTREME largest one by one,
+    for a handful of them can hold most of the energy; of the rest some that are drawn, since even steps over rows
+    would meet the same few features only."""
+    flat = sample.flatten()
+    if len(flat) <= SEEN:
+        return flat.float(), torch.ones_like(flat, dtype=torch.float32)
+    extreme = flat.abs().topk(EXTREME).indices
+    rest = torch.ones_like(flat, dtype=torch.bool)
+    rest[extreme] = False
+    others = flat[rest]
+    draws = torch.Generator().manual_seed(0)
+    drawn = others[torch.randint(len(others), (SEEN - EXTREME,), generator=draws).to(flat.device)]
+    weight = torch.full_like(drawn, len(others) / len(drawn), dtype=torch.float32)
+    return torch.cat([flat[extreme], drawn]).float(), torch.cat([torch.ones_like(weight[:EXTREME]), weight])
 
 
 def step_of(levels: Any) -> Tensor | None:

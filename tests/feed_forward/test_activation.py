@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_tfast.feed_forward.activation import Activation, Binary, Learned, Piecewise, spread, step_of
+from hf_tfast.feed_forward.activation import SEEN, Activation, Binary, Learned, Piecewise, spread, step_of
 from hf_tfast.testing import generator
 from tests.feed_forward.blocks import block, error, inputs, moments
 
@@ -145,9 +145,40 @@ def test_which_steps_an_int8_layer_can_use():
     assert step_of(Binary(8)) is None
 
 
-def test_spread_takes_evenly():
-    sample = torch.arange(300_000.0).view(-1, 10)
-    taken = spread(sample)
-    assert len(taken) <= 1 << 16
-    assert taken[0] == 0
-    assert taken.max() > 250_000
+def check_best(levels, x, seen, weight):
+    """No step rounds all of x with much less error than the one found from a sample of it."""
+    with torch.no_grad():
+        levels.start(seen, weight)
+        found = float((levels(x) - x).norm())
+        for share in torch.linspace(0.02, 2, 50):
+            levels.step.copy_(share * x.abs().max() / 127)
+            assert found < 1.03 * float((levels(x) - x).norm())
+
+
+def test_first_levels_see_every_feature():
+    """One feature in 384 is large, as in real encoders: steps taken evenly over [n 384] would never meet it."""
+    x = torch.randn(4096, 384, generator=generator("outlier"))
+    x[:, 7] *= 30
+    seen, weight = spread(x)
+    assert len(seen) == len(weight) == SEEN
+    assert torch.equal(spread(x)[0], seen)
+    assert float(weight.sum()) == pytest.approx(x.numel(), rel=1e-4)
+    assert float((seen.square() * weight).sum()) == pytest.approx(float(x.square().sum()), rel=0.05)
+    levels = Learned(8, signed=True)
+    check_best(levels, x, seen, weight)
+
+
+def test_a_handful_that_holds_most_of_the_energy_is_met():
+    x = torch.randn(4096, 384, generator=generator("handful")) / 10
+    x[::800, 3] = 300.0
+    seen, weight = spread(x)
+    assert int((seen == 300).sum()) == 6
+    levels = Learned(8, signed=True)
+    check_best(levels, x, seen, weight)
+
+
+def test_small_samples_are_taken_whole():
+    x = torch.randn(3, 5, generator=generator("small"))
+    seen, weight = spread(x)
+    assert torch.equal(seen, x.flatten())
+    assert torch.equal(weight, torch.ones(15))

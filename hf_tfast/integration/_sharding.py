@@ -16,7 +16,7 @@ from ..feed_forward.tensor_train import TensorTrainLinear
 from ._forms import planned_blocks
 from .plan import FastPlan
 
-__all__ = ["check_shardable", "cut_factors", "forbid"]
+__all__ = ["check_places", "check_shardable", "cut_factors", "forbid"]
 
 WHOLE = ("int8", "activation")  # forms that cannot be cut, the first one not at all
 
@@ -51,6 +51,16 @@ def check_shardable(model: Any, plan: FastPlan, converting: bool) -> None:
     kind = "tp_plan" if tensor > 1 else "fsdp_plan"
     if why := _forbidden(plan).get(kind):
         raise ValueError(why)
+
+
+def check_places(plan: FastPlan, device_map: Any) -> None:
+    """ValueError where a device_map puts int8 weights on the disk, which Transformers cannot leave there."""
+    form = next((form for form in plan.every_form if form.name == "int8"), None)
+    if form is not None and isinstance(device_map, dict) and "disk" in device_map.values():
+        raise ValueError(
+            f"{form!r} keeps integers, which cannot be offloaded to the disk: give a device_map of GPUs and 'cpu', or "
+            "a plan without it (LowRank and Pruned can lie on the disk)"
+        )
 
 
 def forbid(model: Any, plan: FastPlan, on: bool) -> None:

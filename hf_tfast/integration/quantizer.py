@@ -16,7 +16,7 @@ from ._basis import check_loaded, expect_basis, lacking
 from ._forms import Sizes, build_forms, check_filled, finish_forms, make_forms, planned_blocks
 from ._inner import WithBase
 from ._modules import parts_of
-from ._sharding import check_shardable, cut_factors, forbid
+from ._sharding import check_places, check_shardable, cut_factors, forbid
 from ._stamps import NAME, set_stamp, stamped_modules
 from .apply import attach, saved, stamp_model
 from .plan import FastPlan
@@ -56,6 +56,7 @@ class FastQuantizer(WithBase):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         plan = self.quantization_config
         self.model = model
+        check_places(plan, kwargs.get("device_map"))
         self._before_loading(model, **kwargs)
         stored = _stored(kwargs.get("checkpoint_files")) if self.pre_quantized else None
         if self.pre_quantized:

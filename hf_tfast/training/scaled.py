@@ -24,7 +24,7 @@ from ..parallel.sequence import SequenceParallel
 from .averaging import Averaging
 from .faults import Terminate, whole_checkpoint
 from .layout import Layout
-from .states import NAMES, gather_states, is_cut, read_weights, scatter_states
+from .states import NAMES, gather_states, is_cut, match_schedule, read_weights, scatter_states
 
 __all__ = ["Scaled", "cut_model"]
 
@@ -206,6 +206,7 @@ class Scaled:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         saved = torch.load(file, map_location="cpu", weights_only=True)
+        schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
         optimizer = _inner(self.optimizer)
         if NAMES not in saved:
             if is_cut(self.model):
@@ -215,7 +216,8 @@ class Scaled:
             optimizer.load_state_dict(saved)
         else:
             optimizer.load_state_dict(scatter_states(saved, optimizer, self.model))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            schedule = match_schedule(schedule, saved, optimizer, self.model)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         whole = self.model if model is None else model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils import get_total_norm
 
-__all__ = ["gather_states", "gradient_norm", "is_cut", "read_weights", "scatter_states"]
+__all__ = ["gather_states", "gradient_norm", "is_cut", "match_schedule", "read_weights", "scatter_states"]
 
 NAMES = "names"
 
@@ -78,6 +78,24 @@ def scatter_states(saved: dict[str, Any], optimizer: torch.optim.Optimizer, mode
         groups.append({**rest, "params": list(range(count, count + len(group["params"])))})
         count += len(group["params"])
     return {"state": state, "param_groups": groups}
+
+
+def match_schedule(
+    schedule: dict[str, Any], saved: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Any]:
+    """The state of a learning rate schedule, whose lists have an entry for every group of parameters: layouts group
+    them differently, so each of this optimiser's groups takes the entries of the one its parameters come from."""
+    known = {p: name for name, p in model.named_parameters()}
+    groups = [{saved[NAMES][n] for n in group["params"]} for group in saved["param_groups"]]
+    filled = [n for n, group in enumerate(groups) if group]
+    sources = []
+    for number, group in enumerate(optimizer.param_groups):
+        first = known[group["params"][0]] if group["params"] else None
+        sources.append(next((n for n in filled if first in groups[n]), min(number, len(groups) - 1)))
+    return {
+        key: [value[n] for n in sources] if isinstance(value, list) and len(value) == len(groups) else value
+        for key, value in schedule.items()
+    }
 
 
 def read_weights(folder: Path, model: nn.Module) -> None:

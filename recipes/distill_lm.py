@@ -12,7 +12,8 @@ Transformers loads; texts are files, globs and folders (--text), or a data set o
         --students '{"mechanism": "window", "window": 256, "sinks": 4}' \
                    '{"mechanism": "hashed", "bits": 5, "rounds": 2, "cap": 64, "window": 128}' \
                    '{"mechanism": "performer", "features": 256}' \
-        --layer_steps 60 --max_steps 120 --validation_sequences 24 --output_dir runs/distill_lm \
+        --layer_steps 40 --max_steps 100 --eval_steps 0.5 --validation_sequences 24 \
+        --output_dir runs/distill_lm \
         --report docs/results/distill_lm --resume_from_checkpoint last
 
 The teacher above comes from recipes/pretrain_clm.py with the same texts. Expected: docs/results/distill_lm/table.md.

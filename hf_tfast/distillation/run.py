@@ -23,7 +23,7 @@ from ..training.data import Data, prepare
 from ..training.guards import check_launch
 from ..training.packing import collate
 from ..training.plot import need_matplotlib
-from ..training.run import _checkpoint, _differences, write_json
+from ..training.run import _checkpoint, _differences, _last_evaluation, write_json
 from .arguments import DistillationArguments, StudentArguments
 from .cache import INDEX, CachedTeacher, cache_logits
 from .layerwise import LayerMatching
@@ -184,7 +184,7 @@ def _stage(
     start = _checkpoint(args, place / "checkpoints")
     trainer.train(resume_from_checkpoint=start)
     found[name] = {
-        "final": {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_")},
+        "final": _final(trainer, args),
         "steps": trainer.state.global_step,
         "seconds": trainer.clock.seconds,
         "tokens_seen": trainer.state.num_input_tokens_seen,
@@ -199,6 +199,13 @@ def _stage(
         write_json(found, place / STAGE)
     trainer.accelerator.wait_for_everyone()
     return model
+
+
+def _final(trainer: DistillationTrainer, args: DistillationArguments) -> Record:
+    """The evaluation of the weights that the stage ends with: made already where they are those of the last step."""
+    last = None if args.load_best_model_at_end else _last_evaluation(trainer)  # type: ignore[arg-type]
+    found = trainer.evaluate() if last is None else last
+    return {key: value for key, value in found.items() if key.startswith("eval_")}
 
 
 def _lora(args: DistillationArguments) -> Any:

@@ -174,3 +174,25 @@ def test_an_interruption_is_no_traceback(tfast, monkeypatch):
     code, _, err = tfast("quickstart")
     assert code == 130
     assert "Traceback" not in err
+
+
+def test_bench_says_what_got_slower(tfast, tmp_path):
+    common = [*BENCH, "--mechanism", "window", "--rounds", "3", "--no-plot"]
+    assert tfast(*common, "--out", "a")[0] == 0
+    path = tmp_path / "a" / "results.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "timing":
+            record |= {name: [x / 1e3 for x in record[name]] for name in ("samples", "quartiles")}
+            record["seconds"] /= 1e3
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, out, _ = tfast(*common, "--out", "b", "--compare", path, "--json")
+    found = json.loads(out)["compared"]
+    assert code == 0
+    assert len(found) == 4
+    assert {r["verdict"] for r in found} == {"slower"}
+    assert "| slower |" in tfast(*common, "--out", "c", "--compare", "a")[1]
+    code, _, err = tfast(*common, "--out", "d", "--compare", tmp_path)
+    assert code == 2
+    assert "no results.jsonl" in err
+    assert not (tmp_path / "d").exists()

@@ -11,7 +11,6 @@ import typer
 app = typer.Typer(
     help="Fast attention for any Hugging Face Transformer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -58,53 +58,91 @@ def bench(
         Path | None, typer.Option(help="Long suites: renew the tables between their markers on this page.")
     ] = None,
     plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG plots over the length.")] = True,
+    compare: Annotated[
+        Path | None, typer.Option(help="Earlier results of the same: say what got slower or faster beyond noise.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time mechanisms against SDPA of the same dtype, in turns, with peak memory; losses are left in."""
-    from ..benchmarking import bench as runs
+    from ..benchmarking.compare import read_records
     from ..benchmarking.suites import LONG
-    from ..benchmarking.terminal import progress, show_timings
+
+    before = None if compare is None else read_records(compare)
+    if suite in LONG:
+        found = _long_suite(context, suite)
+    elif suite == "feed_forward":
+        found = _feed_forward_suite(context)
+    else:
+        refuse_given(context, LONG_OPTIONS, f"only --suite {', '.join([*LONG, 'feed_forward'])} take")
+        found = _grid(context) if suite is None else _targets(context, suite)
+    _show(*found, before, as_json)
+
+
+Found = tuple[Path, list[dict[str, Any]], str | None]  # folder, records, and the page where there is one
+
+
+def _show(folder: Path, records: list[dict[str, Any]], page: str | None, before: Any, as_json: bool) -> None:
+    """Print the results, and what changed since the records `before`, where there are some."""
+    from ..benchmarking.compare import compared, lines
+    from ..benchmarking.terminal import show_page, show_timings
+
+    changes = None if before is None else compared(before, records)
+    if as_json:
+        print_json({"folder": str(folder), "records": records, **({} if changes is None else {"compared": changes})})
+        return
+    if page is None:
+        show_timings(records, folder)
+    else:
+        show_page(page, folder)
+    if changes is not None:
+        print(f"\n{lines(changes, before, records)}", end="")
+
+
+def _targets(context: typer.Context, suite: str) -> Found:
+    """`tfast bench --suite targets`."""
+    from ..benchmarking import bench as runs
+    from ..benchmarking.terminal import progress
+
+    refuse_given(context, GRID_OPTIONS, f"--suite {suite} brings its own cases; leave out")
+    said = context.params
+    budget, given = (
+        60.0 if said["seconds"] is None else said["seconds"],
+        {name: said[name] for name in ("device", "level")},
+    )
+    output = runs.Output(**{name: said[name] for name in ("out", "overwrite", "plots")})
+    with progress(said["as_json"]) as report:
+        folder, records = runs.bench_suite(
+            suite, output, rounds=said["rounds"], seconds=budget, report=report, base=given
+        )
+    return folder, records, None
+
+
+def _grid(context: typer.Context) -> Found:
+    """`tfast bench` without a suite: every mechanism asked for in every case asked for."""
+    from ..benchmarking import bench as runs
+    from ..benchmarking.terminal import progress
     from ..benchmarking.workload import Case
 
-    if suite in LONG:
-        _long_suite(context, suite)
-        return
-    if suite == "feed_forward":
-        _feed_forward_suite(context)
-        return
-    refuse_given(context, LONG_OPTIONS, f"only --suite {', '.join([*LONG, 'feed_forward'])} take")
-    output = runs.Output(out=out, overwrite=overwrite, plots=plots)
-    if suite is not None:
-        refuse_given(context, GRID_OPTIONS, f"--suite {suite} brings its own cases; leave out")
-        budget = 60.0 if seconds is None else seconds
-        with progress(as_json) as report:
-            given = {"device": device, "level": level}
-            folder, records = runs.bench_suite(suite, output, rounds=rounds, seconds=budget, report=report, base=given)
-    else:
-        who = runs.parse_mechanisms(mechanism or [], field or [], causal)
-        tokens = whole_numbers(lengths)
-        groups = heads if kv_heads is None else kv_heads
-        base = Case(
-            length=tokens[0], causal=causal, heads=heads, kv_heads=groups, width=width, batch=batch,
-            level=level, left_padding=left_padding, device=device,
-        )  # fmt: skip
-        cases = runs.grid(base, tokens, dtypes.split(","), passes.split(","))
-        with progress(as_json) as report:
-            folder, records = runs.bench(
-                cases, who, output, rounds=rounds, seconds=5.0 if seconds is None else seconds, report=report
-            )
-    if as_json:
-        print_json({"folder": str(folder), "records": records})
-    else:
-        show_timings(records, folder)
+    said = context.params
+    who = runs.parse_mechanisms(said["mechanism"] or [], said["field"] or [], said["causal"])
+    tokens = whole_numbers(said["lengths"])
+    same = ("causal", "heads", "width", "batch", "level", "left_padding", "device")
+    groups = said["heads"] if said["kv_heads"] is None else said["kv_heads"]
+    base = Case(length=tokens[0], kv_heads=groups, **{name: said[name] for name in same})
+    cases = runs.grid(base, tokens, said["dtypes"].split(","), said["passes"].split(","))
+    output = runs.Output(**{name: said[name] for name in ("out", "overwrite", "plots")})
+    with progress(said["as_json"]) as report:
+        budget = 5.0 if said["seconds"] is None else said["seconds"]
+        folder, records = runs.bench(cases, who, output, rounds=said["rounds"], seconds=budget, report=report)
+    return folder, records, None
 
 
-def _long_suite(context: typer.Context, name: str) -> None:
+def _long_suite(context: typer.Context, name: str) -> Found:
     """`tfast bench --suite` of a suite that takes minutes; options are read from the context, as they were given."""
     from ..benchmarking.campaign import LENGTHS, QUICK, Run, conduct
     from ..benchmarking.pages import renew
     from ..benchmarking.suites import long_suite
-    from ..benchmarking.terminal import progress, show_page
+    from ..benchmarking.terminal import progress
 
     unused = set(GRID_OPTIONS) - {"lengths", "dtypes", "passes"} | {"level"}
     refuse_given(context, tuple(sorted(unused)), f"--suite {name} brings its own cases; leave out")
@@ -124,20 +162,18 @@ def _long_suite(context: typer.Context, name: str) -> None:
     chosen = long_suite(name)
     with progress(said["as_json"]) as report:
         folder, records = conduct(chosen, Run(**given, base={"device": said["device"]}), report)
+    page = chosen.markdown(records)
     if said["update"] is not None:
-        renew(said["update"], name, chosen.markdown(records))
-    if said["as_json"]:
-        print_json({"folder": str(folder), "records": records})
-    else:
-        show_page(chosen.markdown(records), folder)
+        renew(said["update"], name, page)
+    return folder, records, page
 
 
-def _feed_forward_suite(context: typer.Context) -> None:
+def _feed_forward_suite(context: typer.Context) -> Found:
     """`tfast bench --suite feed_forward`; --lengths are numbers of rows."""
     from ..benchmarking.feed_forward import NAME, QUICK, ROWS, Run, conduct
     from ..benchmarking.feed_forward_pages import markdown
     from ..benchmarking.pages import renew
-    from ..benchmarking.terminal import progress, show_page
+    from ..benchmarking.terminal import progress
 
     unused = (*sorted(set(GRID_OPTIONS) - {"lengths"}), "level", "device", "seconds", "overwrite")
     refuse_given(context, unused, f"--suite {NAME} takes rows as --lengths and no")
@@ -148,9 +184,7 @@ def _feed_forward_suite(context: typer.Context) -> None:
     run = Run(**{option: said[option] for option in ("out", "resume", "rounds", "minutes", "plots")}, rows=rows)
     with progress(said["as_json"]) as report:
         folder, records = conduct(run, report)
+    page = markdown(records)
     if said["update"] is not None:
-        renew(said["update"], NAME, markdown(records))
-    if said["as_json"]:
-        print_json({"folder": str(folder), "records": records})
-    else:
-        show_page(markdown(records), folder)
+        renew(said["update"], NAME, page)
+    return folder, records, page

@@ -88,7 +88,7 @@ class BlockChoice(Choice):
             yield from near
             yield from far
 
-        return attend_lists(q, k, v, Again(both), score, self.grid.at, self.beside)
+        return attend_lists(q, k, v, Again(both), score, self.grid.at, self.beside, often=True)
 
 
 def reach_of(window: int, block: int, causal: bool) -> int:

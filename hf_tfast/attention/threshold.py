@@ -35,6 +35,7 @@ from ..backends.block_store import BlockStore
 from ..backends.key_blocks import Bounds, Grid, in_blocks, near_lists, over_queries
 from ..backends.lists import Again, Sizes, attend_lists, log_mass, strips
 from ..backends.score import Score
+from ..backends.scratch import Scratch
 from ._base import Mask, whole
 from ._chosen import BlockChoice, Choice, Chosen, candidates, reach_of
 from ._steps import Far, Picked, Stepped, listed
@@ -103,22 +104,22 @@ class Threshold(Stepped, Chosen):
     ) -> BlockChoice:
         reach = reach_of(self.window, self.block, sizes.causal)
         near = log_mass(q, k, Again(lambda: near_lists(sizes, grid, reach)), score)
-        bounds, factor = Bounds.of(k, grid), score.factor(q.shape[-1])
+        boxes, factor = Bounds.of(k, grid).boxes(near.dtype), score.factor(q.shape[-1])
         there = grid.keys < sizes.j
         count = there.sum(-1)
         blocks = in_blocks(k, grid).to(near.dtype) * there[:, :, None]
         mean = blocks.sum(3) / count[:, None]
         beside = torch.empty_like(near)
 
-        def rule(part_q: Tensor, part: slice) -> Tensor:
+        def rule(part_q: Tensor, part: slice, scratch: Scratch) -> Tensor:
             rows = part_q.to(near.dtype) * factor
             far = candidates(grid, place["offset"], reach, part, sizes.causal)
             shape = (*rows.shape[:3], len(count))
-            highest = score.cap(bounds.highest(rows).view(shape))
+            highest = score.cap(boxes.highest(rows, scratch))
             if score.softcap is None:
                 each = (rows.reshape(sizes.b, sizes.g, -1, rows.shape[-1]) @ mean.mT).view(shape)
             else:
-                each = score.cap(-bounds.highest(-rows).view(shape))
+                each = score.cap(-boxes.highest(-rows, scratch))
             mass = (each + count.to(each.dtype).log()).masked_fill(~far, float("-inf"))
             whole_mass = torch.logaddexp(near[:, :, part], mass.logsumexp(-1))
             read = far & (highest >= (whole_mass + least)[..., None])

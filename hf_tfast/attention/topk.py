@@ -30,6 +30,7 @@ from ..backends.block_store import BlockStore
 from ..backends.key_blocks import Bounds, Grid, best, over_queries
 from ..backends.lists import Again, Sizes, attend_lists, entries, strips
 from ..backends.score import Score
+from ..backends.scratch import Scratch
 from ._base import Mask, whole
 from ._chosen import BlockChoice, Choice, Chosen, candidates, reach_of
 from ._steps import Far, Picked, Stepped, largest
@@ -87,12 +88,12 @@ class TopK(Stepped, Chosen):
                 return self._keys(q, k, mask, score)
             grid, offset = Grid.of(mask.positions(k.shape[2], q.device), self.block), k.shape[2] - q.shape[2]
             reach = reach_of(self.window, self.block, mask.causal)
-            bounds = Bounds.of(k, grid) if bounds is None else bounds
-            count = -(-self.k // self.block)
+            bounds, count = Bounds.of(k, grid) if bounds is None else bounds, -(-self.k // self.block)
+            boxes = bounds.boxes(torch.promote_types(q.dtype, torch.float32))
 
-            def rule(part_q: Tensor, part: slice) -> Tensor:
+            def rule(part_q: Tensor, part: slice, scratch: Scratch) -> Tensor:
                 far = candidates(grid, offset, reach, part, mask.causal)
-                highest = bounds.highest(part_q * _sign(score)).view(*part_q.shape[:3], -1)
+                highest = boxes.highest(part_q, scratch, _sign(score))
                 out = torch.zeros((), dtype=highest.dtype, device=far.device).where(far, float("-inf"))
                 return best(highest.add_(out), count)  # far faster than filling by a mask
 

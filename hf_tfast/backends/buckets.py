@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .lists import entries
-from .scratch import Scratch
+from .scratch import Scratch, borrowed
 
 MOST_BITS = 8  # of one cross-polytope: beyond, its 2^(bits - 1) directions would cost more than attention saves
 
@@ -33,18 +33,18 @@ def buckets(x: Tensor, turns: Tensor, bits: int, rounds: int) -> Tensor:
     """
     (b, g, n), width = x.shape[:3], directions(bits)
     found = torch.zeros(rounds, b, g, n, dtype=torch.int32, device=x.device)
-    scratch = Scratch(x.device)
     step = max(1, entries(x.device) // max(1, b * g * turns.shape[-1]))
-    for first in range(0, n if bits else 0, step):
-        rows = x[:, :, first : first + step].to(turns.dtype)
-        y = scratch("y", (b, g, rows.shape[2], turns.shape[-1]), turns.dtype)
-        torch.matmul(rows, turns, out=y)
-        number, at = torch.zeros(*rows.shape[:3], rounds, dtype=torch.int32, device=x.device), 0
-        for part in parts(bits):
-            size = 2 ** (part - 1)
-            number = number * 2**part + _corner(y.unflatten(-1, (rounds, width))[..., at : at + size], scratch)
-            at += size
-        found[..., first : first + step] = number.movedim(-1, 0)
+    with borrowed(x) as scratch:
+        for first in range(0, n if bits else 0, step):
+            rows = x[:, :, first : first + step].to(turns.dtype)
+            y = scratch("y", (b, g, rows.shape[2], turns.shape[-1]), turns.dtype)
+            torch.matmul(rows, turns, out=y)
+            number, at = torch.zeros(*rows.shape[:3], rounds, dtype=torch.int32, device=x.device), 0
+            for part in parts(bits):
+                size = 2 ** (part - 1)
+                number = number * 2**part + _corner(y.unflatten(-1, (rounds, width))[..., at : at + size], scratch)
+                at += size
+            found[..., first : first + step] = number.movedim(-1, 0)
     return found
 
 

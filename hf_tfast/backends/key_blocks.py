@@ -11,10 +11,12 @@ Axes   b batch, h query heads, g key/value heads, i queries, j keys, n blocks, c
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .lists import Sizes, Tiles, entries, given
+from .scratch import Scratch, borrowed
 
 FEW = 32  # queries that share a key head: below, gathering the keys of each is cheaper than one list per block
 
@@ -63,17 +65,30 @@ class Bounds:
         blocks = in_blocks(k, grid)
         return Bounds(blocks.amin(3), blocks.amax(3))
 
-    def highest(self, q: Tensor) -> Tensor:
-        """[b h i n]: no key of block n has a larger q . k, for q [b h i d]. At least fp32.
+    def boxes(self, dtype: torch.dtype) -> "Boxes":
+        """For scores in `dtype`."""
+        low, high = self.low.to(dtype), self.high.to(dtype)
+        return Boxes(torch.cat([(low + high) / 2, (high - low) / 2], -1))
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """data [b g n 2d]: the middle and half the width of the box that holds the keys of a block."""
+
+    data: Tensor
+
+    def highest(self, q: Tensor, scratch: Scratch, factor: float = 1.0) -> Tensor:
+        """[b h i n] in scratch memory: no key of block n has a larger factor q . k, for q [b h i d].
 
         max over the box low <= k <= high of q . k = q . (low + high) / 2 + |q| . (high - low) / 2
         (Tang et al., "Quest", section 3.2, https://arxiv.org/abs/2406.10774).
         """
-        wide = torch.promote_types(q.dtype, torch.float32)
-        low, high = self.low.to(wide), self.high.to(wide)
-        q = q.to(wide)
-        q = q.reshape(low.shape[0], low.shape[1], -1, q.shape[-1])  # the heads that share a key head, one matmul
-        return torch.cat([q, q.abs()], -1) @ torch.cat([(low + high) / 2, (high - low) / 2], -1).mT
+        (b, h, i, d), (g, n) = q.shape, self.data.shape[1:3]
+        both = scratch("q and |q|", (b, h, i, 2 * d), self.data.dtype)
+        torch.mul(q, factor, out=both[..., :d])
+        torch.abs(both[..., :d], out=both[..., d:])
+        s = scratch("highest", (b * g, h // g * i, n), self.data.dtype)  # the heads that share a key head, one matmul
+        return torch.bmm(both.view(b * g, -1, 2 * d), self.data.flatten(0, 1).mT, out=s).view(b, h, i, n)
 
 
 def in_blocks(k: Tensor, grid: Grid) -> Tensor:
@@ -88,11 +103,12 @@ def best(scores: Tensor, k: int) -> Tensor:
     """Bool like `scores` [.. n]: the k largest of each row, ties to the earlier; -inf is never among them."""
     if k >= scores.shape[-1]:
         return scores > float("-inf")
-    cut = scores.topk(k, dim=-1).values[..., -1:].clamp_min(torch.finfo(scores.dtype).min)
-    chosen = scores >= cut
-    tied = chosen.sum(-1) > k
+    cut, following = _border(scores, k)
+    cut = cut.clamp_min_(torch.finfo(scores.dtype).min)
+    chosen = scores >= cut[..., None]
+    tied = cut <= following
     if bool(tied.any()):
-        rows, cut = scores[tied], cut[tied]
+        rows, cut = scores[tied], cut[tied][:, None]
         above = rows > cut
         equal = (rows == cut) & (rows > float("-inf"))
         room = k - above.sum(-1, keepdim=True)
@@ -100,14 +116,26 @@ def best(scores: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def over_queries(q: Tensor, n: int, rule: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """[n b h i] bool from rule(q[:, :, part], part) -> [b h part n], a few queries at a time: scores are large."""
+def _border(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[..], [..]: the k-th and the next largest of each row [.. n], k < n."""
+    n = scores.shape[-1]
+    if scores.device.type != "cpu" or type(scores) is not Tensor or torch.compiler.is_compiling():
+        values = scores.topk(k + 1, dim=-1).values
+        return values[..., -2], values[..., -1]
+    split = torch.from_numpy(np.partition(scores.numpy(), n - k - 1, axis=-1))  # several times as fast as torch's topk
+    return split[..., n - k :].amin(-1), split[..., n - k - 1]
+
+
+def over_queries(q: Tensor, n: int, rule: Callable[[Tensor, slice, Scratch], Tensor]) -> Tensor:
+    """[n b h i] bool from rule(q[:, :, part], part, scratch) -> [b h part n], a few queries at a time: scores are
+    large."""
     b, h, i, _ = q.shape
     chosen = torch.empty(n, b, h, i, dtype=torch.bool, device=q.device)
-    step = max(1, 4 * entries(q.device) // max(1, b * h * n))
-    for first in range(0, i, step):
-        part = slice(first, min(first + step, i))
-        chosen[..., part] = rule(q[:, :, part], part).permute(3, 0, 1, 2)
+    step = max(1, 2 * entries(q.device) // max(1, b * h * n))
+    with borrowed(q) as scratch:
+        for first in range(0, i, step):
+            part = slice(first, min(first + step, i))
+            chosen[..., part] = rule(q[:, :, part], part, scratch).permute(3, 0, 1, 2)
     return chosen
 
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .flat import Flat, Sums, by_position
 from .score import Score
-from .scratch import Scratch
+from .scratch import Scratch, borrowed
 
 ENTRIES = {"cpu": 2**19, "cuda": 2**25}  # scores that run together: about the second-level cache of a CPU
 SLACK = 40.0  # a weight may exceed 2^0 by so much before a query's stabiliser is raised
@@ -137,16 +138,19 @@ def attend_lists(
     score: Score,
     at: Tensor | None = None,
     beside: Tensor | None = None,
+    *,
+    often: bool = False,
 ) -> Tensor:
     """Attention of q [b h i d] over k [b g j d], v [b g j e], each query over the keys of its tiles -> [b h i e].
 
     lists    is iterated in forward and again in backward.
     at       [j] positions of the keys, None for 0 to j - 1: dropout's draws are by position.
     beside   None, or [b h i]: the logarithm of a mass that takes part in the softmax and carries no value or gradient.
+    often    queries have many tiles each: on CPUs it pays to put the rows of a head together first.
     Computed in at least fp32, given back in the dtype of v. A query without keys reads zeros. Differentiable once, in
     q, k, v and score.sinks.
     """
-    call = _Call(q, k, v, lists, score, at, beside)
+    call = _Call(q, k, v, lists, score, at, beside, together=often and q.device.type == "cpu")
     with torch.autocast(q.device.type, enabled=False):
         return _Lists.apply(q, k, v, score.sinks, call)
 
@@ -156,18 +160,18 @@ def log_mass(q: Tensor, k: Tensor, lists: Iterable[Tiles], score: Score) -> Tens
     """[b h i]: log of the sum of e^s_ij over the keys of each query's tiles, sink logit included; without gradient."""
     call = _Call(q, k, k, lists, score, None, None)
     with torch.autocast(q.device.type, enabled=False):
-        flat_q, flat_k = call.padded(q, score.factor(call.d)), _flat(k)
-        mass = flat_q.new_full((call.rows + 1,), float("-inf"))
+        flat_q, flat_k = Flat.of(q, spare=True), Flat.of(k)
+        mass = torch.full((call.rows + 1,), float("-inf"), dtype=call.wide, device=q.device)
         if score.sinks is not None:
             mass[:-1] = call.sink_logits(score.sinks)
-        scratch = Scratch(q.device)
-        for tiles in call.lists:
-            q_tile, k_tile = (_gather(scratch, n, x, at, call.wide) for n, x, at in
-                              (("q", flat_q, tiles.rows), ("k", flat_k, tiles.keys)))  # fmt: skip
-            s = call.scores(q_tile, k_tile, tiles, scratch, natural=True).s
-            rows = tiles.rows.flatten()
-            here = s.logsumexp(-1).masked_fill_(s.amax(-1) < LEAST, float("-inf")).flatten()
-            mass.index_copy_(0, rows, torch.logaddexp(mass.index_select(0, rows), here))
+        with borrowed(q) as scratch:
+            for tiles in call.lists:
+                q_tile, k_tile = (_gather(scratch, n, x, at, call.wide) for n, x, at in
+                                  (("q", flat_q, tiles.rows), ("k", flat_k, tiles.keys)))  # fmt: skip
+                s = call.scores(q_tile, k_tile, tiles, scratch, natural=True).s
+                rows = tiles.rows.flatten()
+                here = s.logsumexp(-1).masked_fill_(s.amax(-1) < LEAST, float("-inf")).flatten()
+                mass.index_copy_(0, rows, torch.logaddexp(mass.index_select(0, rows), here))
     return mass[:-1].view(call.b, call.h, call.i)
 
 
@@ -193,20 +197,19 @@ class _Call:
         score: Score,
         at: Tensor | None,
         beside: Tensor | None,
+        together: bool = False,
     ) -> None:
         (self.b, self.h, self.i, self.d), self.j = q.shape, k.shape[2]
         self.e, self.lists, self.score = v.shape[-1], lists, score
         self.at = torch.arange(self.j, device=q.device) if at is None else at
-        self.beside = beside
+        self.beside, self.together = beside, together
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.rows = self.b * self.h * self.i
+        self.factor = score.factor(self.d)
 
-    def padded(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """[b h i d] -> [b*h*i + 1, d] in the wide dtype, times `factor`; the row of nobody is zeros."""
-        flat = torch.empty(self.rows + 1, x.shape[-1], dtype=self.wide, device=x.device)
-        torch.mul(x, factor, out=flat[:-1].view(x.shape))
-        flat[-1] = 0
-        return flat
+    def queries(self, x: Tensor) -> Flat:
+        """Rows of [b h i d], and one for nobody."""
+        return Flat.of(x.contiguous() if self.together else x, spare=True)
 
     def scores(
         self, q: Tensor, k: Tensor, tiles: Tiles, scratch: Scratch, *, natural: bool = False, slope: bool = False
@@ -215,7 +218,7 @@ class _Call:
         s = scratch("s", (*tiles.rows.shape, tiles.keys.shape[1]), self.wide)
         blind = tiles.hide is None and tiles.drop is None  # nobody looks at natural scores
         early = blind and not natural and self.score.softcap is None
-        torch.baddbmm(s, q, k.mT, beta=0, alpha=LOG2_E if early else 1, out=s)
+        torch.baddbmm(s, q, k.mT, beta=0, alpha=self.factor * (LOG2_E if early else 1.0), out=s)
         steep = None
         if self.score.softcap is not None:
             s.div_(self.score.softcap).tanh_()
@@ -253,17 +256,19 @@ class _Call:
 class _Lists(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call) -> Tensor:
-        rows, scratch = call.rows, Scratch(q.device)
-        flat_q, flat_k, flat_v = call.padded(q, call.score.factor(call.d)), _flat(k), _flat(v)
-        top = flat_q.new_full((rows + 1,), LEAST)
-        total, o = torch.zeros_like(top), flat_q.new_zeros(rows + 1, call.e)
+        inputs, rows = (call.queries(q), Flat.of(k), Flat.of(v)), call.rows
+        sums = Sums.zeros((call.b, call.h, call.i, call.e), call.wide, q.device, by_position=not call.together)
+        top = sums.flat.rows.new_full((rows + 1,), LEAST)
+        total = torch.zeros_like(top)
         for extra in [call.beside, None if sinks is None else call.sink_logits(sinks)]:
             if extra is not None:
                 _merge_logit(top[:-1], total[:-1], extra.reshape(-1).to(call.wide) * LOG2_E)
-        for tiles in call.lists:
-            _read(call, tiles, (flat_q, flat_k, flat_v), (top, total, o), scratch)
+        with borrowed(q) as scratch:
+            for tiles in call.lists:
+                _read(call, tiles, inputs, (top, total, sums.flat), scratch)
         some = total > 0
-        o = o.div_(total.where(some, 1.0)[:, None])[:-1].view(call.b, call.h, call.i, call.e)
+        o = sums.view()
+        o.div_(total.where(some, 1.0)[:-1].view(call.b, call.h, call.i, 1))
         mass = top.add_(total.log2_()).masked_fill_(~some, float("inf"))  # a row without keys: 2^(s - inf) = 0
         mass[-1] = float("inf")
         ctx.save_for_backward(q, k, v, sinks, o, mass)  # type: ignore[arg-type]
@@ -281,27 +286,32 @@ def _gradients(
     call: _Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, mass: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Of q, k, v, sinks and, None, the call."""
-    factor, scratch = call.score.factor(call.d), Scratch(q.device)
-    flat_q, flat_k, flat_v, do = call.padded(q, factor), _flat(k), _flat(v), call.padded(grad)
     delta = torch.zeros_like(mass)
-    torch.linalg.vecdot(do[:-1], o.reshape(-1, call.e), out=delta[:-1])
-    dq = torch.zeros_like(flat_q)
-    dk, dv = torch.zeros_like(flat_k, dtype=call.wide), torch.zeros_like(flat_v, dtype=call.wide)
-    for tiles in call.lists:
-        _read_back(call, tiles, (flat_q, flat_k, flat_v, do, mass, delta), (dq, dk, dv), scratch)
+    by_head = delta[:-1].view(call.b, call.h, call.i)
+    sums = [Sums.zeros(x.shape, call.wide, x.device, by_position(x) and (x is not q or not call.together))
+            for x in (q, k, v)]  # fmt: skip
+    inputs = call.queries(q), Flat.of(k), Flat.of(v), call.queries(grad)
+    with borrowed(q) as scratch:
+        step = max(1, entries(q.device) // max(1, call.b * call.h * call.e))
+        for at in range(0, call.i, step):
+            part = o[:, :, at : at + step]
+            product = torch.mul(part, grad[:, :, at : at + step], out=scratch("delta", tuple(part.shape), call.wide))
+            by_head[:, :, at : at + step] = product.sum(-1)
+        for tiles in call.lists:
+            _read_back(call, tiles, inputs, (mass, delta), [x.flat for x in sums], scratch)
     dsinks = None
     if sinks is not None:
         share = (call.sink_logits(sinks) * LOG2_E - mass[:-1]).exp2() * -delta[:-1]
         dsinks = share.view(call.b, call.h, call.i).sum((0, 2)).to(sinks.dtype)
-    dq = dq[:-1].mul_(factor).view(q.shape).to(q.dtype)
-    return dq, dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dsinks, None
+    dq, dk, dv = (x.view().to(q.dtype) for x in sums)
+    return dq, dk, dv, dsinks, None
 
 
 def _read(
     call: _Call,
     tiles: Tiles,
-    inputs: tuple[Tensor, ...],
-    running: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Flat, ...],
+    running: tuple[Tensor, Tensor, Flat],
     scratch: Scratch,
 ) -> None:
     """Merge what the queries of `tiles` read into (top, total, o)."""
@@ -322,10 +332,10 @@ def _read(
     total.index_add_(0, rows, p.sum(-1).flatten())
     p = p if scored.keep is None else p.mul_(scored.keep)
     out = scratch("o", (*tiles.rows.shape, call.e), call.wide)
-    o.index_add_(0, rows, torch.bmm(p, gather("v", v, tiles.keys), out=out).view(-1, call.e))
+    o.rows.index_add_(0, o.at(rows), torch.bmm(p, gather("v", v, tiles.keys), out=out).view(-1, call.e))
 
 
-def _raise(running: tuple[Tensor, Tensor, Tensor], rows: Tensor, highest: Tensor) -> None:
+def _raise(running: tuple[Tensor, Tensor, Flat], rows: Tensor, highest: Tensor) -> None:
     """Give `rows` the stabiliser `highest`, and what they have read so far the weight that goes with it."""
     top, total, o = running
     before = top.take(rows)
@@ -334,46 +344,46 @@ def _raise(running: tuple[Tensor, Tensor, Tensor], rows: Tensor, highest: Tensor
     if bool(begun.any()):
         rows, shrink = rows[begun], (before - top.take(rows))[begun].exp2_()
         total.index_copy_(0, rows, total.take(rows).mul_(shrink))
-        o.index_copy_(0, rows, o.index_select(0, rows).mul_(shrink[:, None]))
+        rows = o.at(rows)
+        o.rows.index_copy_(0, rows, o.rows.index_select(0, rows).mul_(shrink[:, None]))
 
 
 def _read_back(
     call: _Call,
     tiles: Tiles,
-    inputs: tuple[Tensor, ...],
-    totals: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Flat, ...],
+    rows_know: tuple[Tensor, Tensor],
+    sums: list[Flat],
     scratch: Scratch,
 ) -> None:
     """Add the gradients of one set of tiles to (dq, dk, dv)."""
-    (q, k, v, do, mass, delta), (dq, dk, dv) = inputs, totals
+    (q, k, v, do), (mass, delta), (dq, dk, dv) = inputs, rows_know, sums
     rows, keys, shape = tiles.rows.flatten(), tiles.keys.flatten(), (*tiles.rows.shape, 1)
-    gather = partial(_gather, scratch, dtype=call.wide)
+    gather, fresh = partial(_gather, scratch, dtype=call.wide), partial(scratch, dtype=call.wide)
     q_tile, k_tile, do_tile = gather("q", q, tiles.rows), gather("k", k, tiles.keys), gather("do", do, tiles.rows)
     scored = call.scores(q_tile, k_tile, tiles, scratch, slope=True)
-    p, keep, fresh = (
-        scored.s.sub_(mass.index_select(0, rows).view(shape)).exp2_(),
-        scored.keep,
-        partial(scratch, dtype=call.wide),
-    )
+    p, keep = scored.s.sub_(mass.take(rows).view(shape)).exp2_(), scored.keep
     dropped = p if keep is None else p * keep
     out = torch.bmm(dropped.mT, do_tile, out=fresh("dv", (*tiles.keys.shape, call.e)))
-    dv.index_add_(0, keys, out.view(-1, call.e))
+    dv.rows.index_add_(0, dv.at(keys), out.view(-1, call.e))
     ds = torch.bmm(do_tile, gather("v", v, tiles.keys).mT, out=fresh("ds", tuple(p.shape)))
     ds = ds if keep is None else ds.mul_(keep)
-    ds = ds.sub_(delta.index_select(0, rows).view(shape)).mul_(p)
+    ds = ds.sub_(delta.take(rows).view(shape)).mul_(p)
     ds = ds if scored.slope is None else ds.mul_(scored.slope)
-    out = torch.bmm(ds.mT, q_tile, out=fresh("dk", k_tile.shape))
-    dk.index_add_(0, keys, out.view(-1, call.d))
-    out = torch.bmm(ds, k_tile, out=fresh("dq", q_tile.shape))
-    dq.index_add_(0, rows, out.view(-1, call.d))
+    out = fresh("dk", k_tile.shape)
+    torch.baddbmm(out, ds.mT, q_tile, beta=0, alpha=call.factor, out=out)
+    dk.rows.index_add_(0, dk.at(keys), out.view(-1, call.d))
+    out = fresh("dq", q_tile.shape)
+    torch.baddbmm(out, ds, k_tile, beta=0, alpha=call.factor, out=out)
+    dq.rows.index_add_(0, dq.at(rows), out.view(-1, call.d))
 
 
-def _gather(scratch: Scratch, name: str, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of x [n d] -> [*index d] in `dtype`, in memory of that name."""
-    shape = (index.numel(), x.shape[-1])
-    out = torch.index_select(x, 0, index.flatten(), out=scratch(name, shape, x.dtype))
-    out = out if x.dtype == dtype else scratch(name, shape, dtype).copy_(out)
-    return out.view(*index.shape, x.shape[-1])
+def _gather(scratch: Scratch, name: str, x: Flat, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of x -> [*index d] in `dtype`, in memory of that name."""
+    at, width = x.at(index.flatten()), x.rows.shape[-1]
+    out = torch.index_select(x.rows, 0, at, out=scratch(name, (len(at), width), x.rows.dtype))
+    out = out if x.rows.dtype == dtype else scratch(name, (len(at), width), dtype).copy_(out)
+    return out.view(*index.shape, width)
 
 
 def _merge_logit(top: Tensor, total: Tensor, logit: Tensor) -> None:
@@ -382,6 +392,3 @@ def _merge_logit(top: Tensor, total: Tensor, logit: Tensor) -> None:
     total.mul_((top - now).exp2_()).add_((logit - now).exp2_())
     top.copy_(now)
 
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])

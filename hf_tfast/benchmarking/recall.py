@@ -142,9 +142,9 @@ def _sufficient(
         seen = torch.bincount(of, minlength=MOST + 2).cumsum(0) / weights[..., 0].numel()
         enough = (mass[: MOST + 1] >= wanted + 1e-6).nonzero()  # beside rounding
         if len(enough):
-            cap = int(enough[0])
-            cost = seen[cap].item() + ROUND * (r + 1)
-            found.append((cost, Hashed(bits=bits, rounds=r + 1, cap=cap, window=0)))
+            suffices = int(enough[0])
+            cost = seen[suffices].item() + ROUND * (r + 1)
+            found.append((cost, Hashed(bits=bits, rounds=r + 1, cap=suffices, window=0)))
     return found
 
 

@@ -18,7 +18,7 @@ ROOMS = {  # room: the rooms it may import; a room that is missing here fails te
     "benchmarking": STANDING,
     "metrics": set(),
     "compression": {"benchmarking", *STANDING},
-    "parallel": STANDING,
+    "parallel": {"benchmarking", *STANDING},
     "hub": {"benchmarking", *STANDING},
     "training": {"benchmarking", "metrics", "parallel", *STANDING},
     "distillation": {"benchmarking", "compression", "metrics", "training", *STANDING},

@@ -37,11 +37,6 @@ def check_launch(arguments: Any, environment: Mapping[str, str] | None = None) -
     check_ranks(arguments)
     layout = getattr(arguments, "layout", None) or Layout()
     check_optimiser_reach(arguments, layout)
-    if layout.pipeline > 1:
-        raise ValueError(
-            f"a pipeline of {layout.pipeline} processes is not trained by this recipe: use hf_tfast.parallel, or cut "
-            "the layers with --tensor_parallel"
-        )
     if not layout.plain and getattr(arguments, "fsdp", None):
         raise ValueError(f"--fsdp is accelerate's own sharding, and the layout ({layout}) has one: leave it out")
     if arguments.device.type != "cpu":

@@ -31,6 +31,7 @@ from .data import Data, prepare
 from .faults import Terminated
 from .guards import check_launch
 from .launch import check_sizes
+from .piped import PipelineTrainer
 from .plot import need_matplotlib, plot_curves
 from .sample import sample
 from .scaled import cut_model
@@ -165,7 +166,8 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
     node = os.environ.get("GROUP_RANK", "0")
     model = cut_model(model, args.layout, place / f".start-{node}", args.local_process_index)
     config = model.config  # type: ignore[assignment]
-    trainer = PretrainingTrainer(
+    parameters = model.num_parameters()
+    trainer = (PipelineTrainer if args.layout.pipeline > 1 else PretrainingTrainer)(
         model=model,
         args=args,
         train_dataset=data.train,
@@ -190,7 +192,7 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
             "tokens_seen": trainer.state.num_input_tokens_seen,
             "steps": trainer.state.global_step,
             "step_peak_bytes": peak,
-            "parameters": model.num_parameters(),
+            "parameters": parameters,
             "resumed_at": None if start is None else int(Path(start).name.rsplit("-", 1)[1]),
             "sample": sample(place / "model", data.sample, args, two_way),
             "data": data.report,
@@ -208,7 +210,10 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
 def _save(trainer: PretrainingTrainer, tokenizer: Any, folder: Path) -> None:
     """The whole model, however it was cut; every process takes part, the first one writes."""
     cut = is_cut(trainer.model)
-    state = None if cut else trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if isinstance(trainer, PipelineTrainer):
+        state = trainer.pipeline.state_dict()
+    else:
+        state = None if cut else trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index == 0:
         with new_folder(folder, overwrite=True, mark="config.json") as working:
             trainer.model.save_pretrained(working, state_dict=state)

@@ -20,7 +20,8 @@ class ScalingArguments:
     shard: int = _size("processes that share all weights, gradients and states of the optimiser (FSDP2)")
     replicas: int = _size("groups of such processes, with whole weights between them (hybrid sharding)")
     sequence_parallel: int = _size("processes that share every row of tokens")
-    pipeline_parallel: int = _size("processes that hold some of the layers each")
+    pipeline_parallel: int = _size("processes that hold some of the layers each; every row is a micro-batch")
+    pipeline_stages: int = _size("stages of each such process; above 1 they are interleaved")
     average_every: int = _size("steps that data-parallel processes take alone before they average their weights")
     average_delay: int = _size("steps that such an average may be under way while the processes go on", 0)
 
@@ -28,6 +29,11 @@ class ScalingArguments:
         """Settle the layout, before TrainingArguments settles the device. ValueError for what does not fit."""
         self.layout = Layout.of(self)
         self.layout.claim()
+        if self.pipeline_stages < 1 or (self.pipeline_stages > 1 and self.layout.pipeline == 1):
+            raise ValueError(
+                f"pipeline_stages are stages of each process of a pipeline, got {self.pipeline_stages} for "
+                f"{self.layout.pipeline} processes: ask for --pipeline_parallel too"
+            )
         if self.average_every < 1 or self.average_delay < 0:
             raise ValueError(
                 f"average_every must be at least 1 and average_delay at least 0, got {self.average_every} and "

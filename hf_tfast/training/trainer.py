@@ -15,7 +15,7 @@ from .packing import collate
 from .scaled import Scaled
 from .states import gradient_norm
 
-__all__ = ["Diverged", "PretrainingTrainer"]
+__all__ = ["Diverged", "PretrainingTrainer", "not_finite"]
 
 
 class Diverged(ArithmeticError):
@@ -56,7 +56,7 @@ class Watch(TrainerCallback):
             return
         norm = gradient_norm(kwargs["model"].parameters())
         if not math.isfinite(norm):
-            raise Diverged(_advice("the gradient", norm, state, args))
+            raise not_finite("the gradient", norm, state, args)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows = kwargs["train_dataloader"].dataset
@@ -79,7 +79,7 @@ class PretrainingTrainer(Scaled, Trainer):
     def training_step(self, *given: Any, **options: Any) -> Tensor:
         loss = super().training_step(*given, **options)
         if not math.isfinite(float(loss)):
-            raise Diverged(_advice("the loss", float(loss), self.state, self.args))
+            raise not_finite("the loss", float(loss), self.state, self.args)
         return loss
 
     def evaluate(
@@ -127,8 +127,9 @@ class PretrainingTrainer(Scaled, Trainer):
         super().log({**logs, "seconds": round(self.clock.seconds, 3)}, start_time)
 
 
-def _advice(what: str, value: float, state: Any, args: Any) -> str:
-    return (
+def not_finite(what: str, value: float, state: Any, args: Any) -> Diverged:
+    """The error for a loss or gradient of `value`, with advice."""
+    return Diverged(
         f"{what} became {value} at step {state.global_step + 1}: the training has diverged and was stopped; lower "
         f"--learning_rate (now {args.learning_rate}), raise --warmup_steps or lower --max_grad_norm. The last good "
         f"checkpoint, if one was saved, is in {args.output_dir}"

@@ -1,5 +1,6 @@
 """The table and the plot of a study."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +90,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
         if lower:
             axes.set_yscale("log")
     _points(panels[-1], [(row, 100 * row["feed_forward_error"]) for row in rows if row["forms"]], numbers)
-    panels[-1].set_ylabel("error of a feed-forward's output, %, mean of layers", fontsize=9)
+    panels[-1].set_ylabel("error of a feed-forward, %, mean of layers", fontsize=9)
     panels[0].legend(fontsize=8, frameon=False)
-    listed = [f"{n}  {row['label']}" for n, row in enumerate(rows)]
-    figure.supxlabel("\n".join(listed), x=0.01, ha="left", fontsize=7, color="0.25")
+    listed = [f"{n:2}  {row['label']}" for n, row in enumerate(rows)]
+    half = (len(listed) + 1) // 2  # two columns under the panels
+    wide = max(map(len, listed[:half])) + 4
+    lines = [a.ljust(wide) + b for a, b in zip_longest(listed[:half], listed[half:], fillvalue="")]
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6, color="0.25", family="monospace")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

@@ -7,6 +7,8 @@ process with two threads against two processes with one thread each, by turns. I
 """
 
 import argparse
+import asyncio
+import email
 import json
 import os
 import statistics
@@ -30,6 +32,8 @@ WAYS: dict[str, tuple[Record, int]] = {  # name: (options, staleness bound in st
 }
 SMALL = {"hidden_size": 64, "layers": 2, "heads": 4, "intermediate_size": 176}
 WIDE = {"hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 704}
+# few, so that launches are short: 0.9 MB of sources of the running Python
+TEXTS = {"text": [f"{Path(module.__file__ or '').parent}/*.py" for module in (asyncio, email)], "tokenizer": "bytes"}
 ROWS = 2  # of a timed step, over all processes
 
 
@@ -50,14 +54,14 @@ def train(out: str, model: Record, data: Record, options: Record) -> Record:
 def averages(folder: str, steps: int) -> None:
     """Worker: one training for every way, saved in folder."""
     for number, (options, _) in enumerate(WAYS.values()):
-        data = {"tokenizer": "bytes", "length": 256, "validation_sequences": 64}
+        data = {**TEXTS, "length": 256, "validation_sequences": 64}
         more = {"max_steps": steps, "per_device_train_batch_size": 4, "eval_steps": steps, "logging_steps": 1}
         train(f"{folder}/{number}", SMALL, data, {**more, **options})
 
 
 def timed(folder: str, steps: int) -> None:
     """Worker: a few steps, timed one by one by the trainer."""
-    data = {"tokenizer": "bytes", "length": 2048, "validation_sequences": 2}
+    data = {**TEXTS, "length": 2048, "validation_sequences": 2}
     rows = ROWS // int(os.environ.get("WORLD_SIZE", "1"))
     more = {"max_steps": steps, "per_device_train_batch_size": rows, "eval_strategy": "no", "logging_steps": 1}
     train(folder, WIDE, data, more)
@@ -104,10 +108,15 @@ def measure_shares(steps: int, rounds: int) -> list[Record]:
 
 
 def table(results: Record) -> str:
+    lines = ["# Averaging weights seldom and late; threads and processes", ""]
+    lines += _averages(results["averages"]) if "averages" in results else []
+    lines += _shares(results["shares"]) if "shares" in results else []
+    return "\n".join([*lines, f"`{results['command']}`", "", describe(results["environment"]), ""])
+
+
+def _averages(found: list[Record]) -> list[str]:
     lines = [
-        "# Averaging weights seldom and late; threads and processes",
-        "",
-        f"Two processes, window attention, {results['averages'][0]['steps']} steps of 8 rows of 256 bytes, the same "
+        f"Two processes, window attention, {found[0]['steps']} steps of 8 rows of 256 bytes, the same "
         "rows and first weights for all. Loss: of held-out rows after the last step. Drift: distance of a process's "
         "weights from their mean before they are averaged, relative to the mean's norm.",
         "",
@@ -115,25 +124,28 @@ def table(results: Record) -> str:
         "kB a step |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    first = results["averages"][0]["loss"]
-    for r in results["averages"]:
+    first = found[0]["loss"]
+    for r in found:
         lines.append(
             f"| {r['way']} | {r['staleness_bound']} | {r['loss']:.4f} | {r['loss'] - first:+.4f} | "
             f"{r['drift_mean']:.4f} | {r['drift_largest']:.4f} | {r['bytes_a_step'] / 1000:.0f} |"
         )
-    lines += [
-        "",
+    return [*lines, ""]
+
+
+def _shares(found: list[Record]) -> list[str]:
+    lines = [
         f"One step of {ROWS} rows of 2048 tokens (4 layers, 256 wide, fp32), forward, backward and update, by turns:",
         "",
         "| processes x threads | median s | fastest | slowest | tokens/s | steps |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for r in results["shares"]:
+    for r in found:
         lines.append(
             f"| {r['processes']} x {r['threads']} | {r['step_seconds']:.3f} | {r['fastest']:.3f} | "
             f"{r['slowest']:.3f} | {r['tokens_per_second']:.0f} | {r['steps']} |"
         )
-    return "\n".join([*lines, "", f"`{results['command']}`", "", describe(results["environment"]), ""])
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -141,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--part", choices=("averages", "timed"), help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("averages", "shares"), help="renew this half of an earlier result")
-    parser.add_argument("--steps", type=int, default=400, help="of every training that is compared")
+    parser.add_argument("--steps", type=int, default=200, help="of every training that is compared")
     parser.add_argument("--timed_steps", type=int, default=10, help="of every launch that is timed")
     parser.add_argument("--rounds", type=int, default=3, help="launches of each that is timed")
     given = parser.parse_args()
@@ -149,7 +161,7 @@ def main() -> None:
         {"averages": averages, "timed": timed}[given.part](given.out, given.steps)
         return
     kept = Path(given.out, "results.json")
-    results: Record = json.loads(kept.read_text(encoding="utf-8")) if given.only else {}
+    results: Record = json.loads(kept.read_text(encoding="utf-8")) if given.only and kept.is_file() else {}
     if given.only != "shares":
         results["averages"] = measure_averages(given.steps)
     if given.only != "averages":

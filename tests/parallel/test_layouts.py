@@ -4,15 +4,8 @@ import pytest
 import torch
 
 from tests.parallel.ranks import run
-from tests.parallel.trainings import on_ranks, train
+from tests.parallel.trainings import LAYOUTS, on_ranks, train
 from tests.training.tiny import write_texts
-
-LAYOUTS = {
-    "data": {},
-    "shard": {"shard": 2},
-    "tensor": {"tensor_parallel": 2},
-    "sequence": {"sequence_parallel": 2},
-}
 
 
 @pytest.fixture(scope="module")

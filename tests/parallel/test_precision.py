@@ -13,7 +13,8 @@ from hf_tfast.training.launch import check_optimiser_reach
 from hf_tfast.training.layout import Layout
 from hf_tfast.training.trainer import PretrainingTrainer
 from tests.models.tiny_tfast import make, small, tokens
-from tests.parallel.trainings import train
+from tests.parallel.ranks import run
+from tests.parallel.trainings import LAYOUTS, on_ranks, train
 from tests.training.tiny import write_texts
 
 
@@ -153,3 +154,41 @@ def test_recomputed_activations_make_the_same_choices(name):
         found.append({key: p.grad for key, p in model.named_parameters()})
     for key, gradient in found[0].items():
         assert torch.equal(found[1][key], gradient), key
+
+
+def half_on_ranks(texts, folder, runs_of):
+    """On a rank: the trainings in fp16, by layout -> losses, scales and skips of every step."""
+    runs.PretrainingTrainer, found = Half, {}
+    for name, options in runs_of.items():
+        ranks = 1 if {"tensor_parallel", "sequence_parallel"} & set(options) else 2
+        history_of = train(texts, folder / name, ranks, max_steps=30, **options)[1]
+        steps = history(history_of) if history_of[0] else []
+        found[name] = [(h["loss"], h["loss_scale"], h["skipped_steps"]) for h in steps]
+    return found
+
+
+@pytest.mark.slow
+def test_overflows_are_seen_by_all_processes(texts, tmp_path, monkeypatch):
+    """A part of the weights overflows on one process: all skip, and the losses stay those of one process."""
+    monkeypatch.setattr(runs, "PretrainingTrainer", Half)
+    one = history(train(texts, tmp_path / "one", max_steps=30)[1])
+    found = run(half_on_ranks, 2, texts, tmp_path, LAYOUTS, group=False, timeout=500)[0]
+    for name, steps in found.items():
+        for n, (loss, *_) in enumerate(steps):
+            assert loss == pytest.approx(one[n]["loss"], rel=0.01), f"{name}, step {n + 1}"
+        _, scale, skipped = steps[-1]
+        assert abs(skipped - one[-1]["skipped_steps"]) <= 1
+        assert scale in {one[-1]["loss_scale"] * k for k in (0.5, 1, 2)}
+
+
+def narrow_on_ranks(texts, folder, layouts):
+    more = {"bf16": True, "gradient_checkpointing": True, "max_steps": 6}
+    return on_ranks(texts, folder, 2, {name: {**options, **more} for name, options in layouts.items()})
+
+
+@pytest.mark.slow
+def test_bf16_and_recomputation_in_every_layout(texts, tmp_path):
+    one = train(texts, tmp_path / "one", max_steps=6)[0]
+    for name, found in run(narrow_on_ranks, 2, texts, tmp_path, LAYOUTS, group=False, timeout=500)[0].items():
+        assert found["loss"] == pytest.approx(one["loss"], rel=0.01), name
+        assert found["loss"] != one["loss"], "bf16 rounds"

@@ -8,6 +8,12 @@ from safetensors.torch import load_file
 from hf_tfast.training.run import pretrain
 from tests.training.tiny import arguments
 
+LAYOUTS = {
+    "data": {},
+    "shard": {"shard": 2},
+    "tensor": {"tensor_parallel": 2},
+    "sequence": {"sequence_parallel": 2},
+}
 ROWS = 4  # of a step, over all processes
 
 

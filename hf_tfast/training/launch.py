@@ -77,7 +77,13 @@ def check_sizes(layout: Layout, config: Any, length: int) -> None:
 
 
 def check_optimiser_reach(arguments: Any, layout: Layout) -> None:
-    """ValueError where the optimiser keeps states that cannot be cut: those of bitsandbytes."""
+    """ValueError where the optimiser keeps states that cannot be cut (those of bitsandbytes), or where fp16's scaler
+    would meet weights that are cut beside weights that are whole, which it cannot unscale together."""
+    if getattr(arguments, "fp16", False) and layout.tensor > 1:
+        raise ValueError(
+            f"fp16 with tensor parallelism (layout: {layout}): torch's scaler of gradients cannot take cut and whole "
+            "weights together; use --bf16 true, which needs no scaler, or shard with --shard"
+        )
     optim = getattr(arguments, "optim", "")
     name = str(getattr(optim, "value", optim))
     if ("8bit" in name or "bnb" in name or "paged" in name) and not layout.shard == layout.tensor == 1:

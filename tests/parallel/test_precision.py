@@ -172,7 +172,10 @@ def test_overflows_are_seen_by_all_processes(texts, tmp_path, monkeypatch):
     """A part of the weights overflows on one process: all skip, and the losses stay those of one process."""
     monkeypatch.setattr(runs, "PretrainingTrainer", Half)
     one = history(train(texts, tmp_path / "one", max_steps=30)[1])
-    found = run(half_on_ranks, 2, texts, tmp_path, LAYOUTS, group=False, timeout=500)[0]
+    layouts = {name: options for name, options in LAYOUTS.items() if name != "tensor"}
+    with pytest.raises(ValueError, match="fp16 with tensor parallelism .* use --bf16 true"):
+        check_optimiser_reach(type("A", (), {"optim": "adamw_torch", "fp16": True}), Layout(tensor=2))
+    found = run(half_on_ranks, 2, texts, tmp_path, layouts, group=False, timeout=500)[0]
     for name, steps in found.items():
         for n, (loss, *_) in enumerate(steps):
             assert loss == pytest.approx(one[n]["loss"], rel=0.01), f"{name}, step {n + 1}"

@@ -16,9 +16,10 @@ Transformers loads; texts are files, globs and folders (--text), or a data set o
         --output_dir runs/distill_lm \
         --report docs/results/distill_lm --resume_from_checkpoint last
 
-The teacher above comes from recipes/pretrain_clm.py with the same texts. Expected: docs/results/distill_lm/table.md, in
-about 15 minutes on one core with AVX-512 BF16: perplexity within 0.5 % of the teacher's for window, 1.2 % for hashed;
-Performer, 3.2 times the teacher's when swapped, comes to 1.5 times and needs more steps. Stopped and started again, the same command goes on at the last checkpoint and keeps the students that are done.
+The teacher above comes from recipes/pretrain_clm.py with the same texts. Expected: docs/results/distill_lm/table.md,
+in about 15 minutes on one core with AVX-512 BF16: perplexity within 0.5 % of the teacher's for window, 1.2 % for
+hashed; Performer, 3.2 times the teacher's when swapped, comes to 1.5 times and needs more steps. Stopped and started
+again, the same command goes on at the last checkpoint and keeps the students that are done.
 --lora_rank 8 trains adapters in stage 2, --cache 64 reads the teacher's logits from disk (stage 2 only:
 --layer_steps 0), --smaller '{"hidden_size": 128, "num_attention_heads": 4}' makes smaller students.
 """

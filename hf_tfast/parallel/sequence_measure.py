@@ -67,9 +67,9 @@ def table(results: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     lines = [
         "# Bytes that a shared sequence sends",
         "",
-        f"One attention layer, {HEADS} query heads on {GROUPS} key heads of width {WIDTH}, fp32, batch 1: KiB that the",
-        "busiest rank sends in one forward and backward pass. Last columns: what a ring that passes all keys and values",
-        "around sends from every rank.",
+        f"One attention layer, {HEADS} query heads on {GROUPS} key heads of width {WIDTH}, fp32, batch 1: KiB that",
+        "the busiest rank sends in one forward and backward pass. Last columns: what a ring that passes all keys and",
+        "values around sends from every rank.",
         "",
         "| mechanism | ranks | " + " | ".join(f"L = {n}" for n in LENGTHS) + " | "
         + " | ".join(f"ring, L = {n}" for n in LENGTHS) + " |",

@@ -1,0 +1,221 @@
+"""Memory and time of one training step of a layout, on paper: formulas alone, from a model's config.
+
+    estimate(sizes, mechanism, Run(length=2**20, batch=64, gpus=1024), HARDWARE["h100"])
+
+The formulas are those of docs/scale.md. A figure is a bound: compute, memory bandwidth and network are taken to overlap
+perfectly, and `efficiency` is the share of the peak that matrix products reach.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..attention import Mechanism
+from .estimate_hardware import Hardware
+from .estimate_model import Sizes, cache_bytes, pairs_per_token, sent_per_layer, workspace_per_token
+
+__all__ = ["Estimate", "Run", "Shares", "estimate", "layouts"]
+
+WEIGHT, GRADIENT, OPTIMISER, NARROW = 4, 4, 8, 2  # bytes a number: fp32 weights under bf16 autocast, AdamW
+USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and the libraries'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is trained: `batch` sequences of `length` tokens a step, on `gpus` GPUs."""
+
+    length: int
+    batch: int
+    gpus: int
+    checkpointing: bool = False
+    efficiency: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch", "gpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.efficiency <= 1:
+            raise ValueError(f"efficiency is a share of the peak, above 0 and at most 1, got {self.efficiency}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How many GPUs share what; the product is the number of GPUs. Tensor is the innermost."""
+
+    tensor: int = 1
+    sequence: int = 1
+    pipeline: int = 1
+    shard: int = 1
+    replicas: int = 1
+
+    @property
+    def data(self) -> int:
+        return self.shard * self.replicas
+
+    @property
+    def runs(self) -> bool:
+        """Do the recipes train it? A shared sequence and a pipeline combine with replicas alone, one at a time."""
+        kinds = (self.tensor * self.shard > 1, self.sequence > 1, self.pipeline > 1)
+        return sum(kinds) < 2
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {n}" for name, n in asdict(self).items() if n > 1) or "one GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes on the fullest GPU, and seconds of a step that each resource alone would need."""
+
+    shares: Shares
+    weights: float
+    gradients: float
+    optimiser: float
+    activations: float
+    cache: float
+    compute_s: float
+    bandwidth_s: float
+    network_s: float
+    fits: bool
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+    @property
+    def step_s(self) -> float:
+        return max(self.compute_s, self.bandwidth_s, self.network_s)
+
+    @property
+    def bound(self) -> str:
+        times = {"compute": self.compute_s, "bandwidth": self.bandwidth_s, "network": self.network_s}
+        return max(times, key=lambda name: times[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        extra = {"memory": self.memory, "step_s": self.step_s, "bound": self.bound, "layout": str(self.shares)}
+        return {**asdict(self), **extra, "in_recipes": self.shares.runs}
+
+
+def estimate(
+    sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, shares: Shares | None = None
+) -> list[Estimate]:
+    """Every layout that divides evenly (or the one given), those that fit first, the fastest of them first.
+
+    Among equals, to two digits, those that the recipes train come first, and then the simplest. ValueError where no
+    layout divides, naming what would have to.
+    """
+    tried = [shares] if shares is not None else list(layouts(sizes, mechanism, run, hardware))
+    if not tried:
+        raise ValueError(
+            f"{run.gpus} GPUs cannot share {run.batch} sequences of {run.length} tokens and {sizes.layers} layers of "
+            f"{sizes.heads} heads evenly: choose a batch, a length or a number of GPUs with more divisors in common"
+        )
+    found = [_one(sizes, mechanism, run, hardware, one) for one in tried]
+    return sorted(found, key=_worth)
+
+
+def layouts(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware) -> Iterator[Shares]:
+    """Every way to share the GPUs in which heads, layers, tokens and sequences divide evenly."""
+    from .sequence_attention import EXCHANGES
+
+    for t in _divisors(run.gpus):
+        if t > hardware.per_machine or sizes.heads % t or sizes.groups % t or sizes.inner % t:
+            continue
+        for s in _divisors(run.gpus // t):
+            if run.length % s or (s > 1 and mechanism.name not in EXCHANGES):
+                continue
+            for p in _divisors(run.gpus // (t * s)):
+                data = run.gpus // (t * s * p)
+                if p > sizes.layers or run.batch % data or run.batch // data < p:
+                    continue
+                for f in _divisors(data):
+                    yield Shares(tensor=t, sequence=s, pipeline=p, shard=f, replicas=data // f)
+
+
+def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, shares: Shares) -> Estimate:
+    held = sizes.parameters / (shares.tensor * shares.pipeline)
+    per_gpu = held / shares.shard
+    rows = run.batch // shares.data
+    tokens = run.length // shares.sequence  # of one row, on one GPU
+    activations = _activations(sizes, mechanism, run, shares, tokens)  # rows one by one, gradients accumulated
+    gathered = held / max(sizes.layers / shares.pipeline, 1) * NARROW if shares.shard > 1 else 0.0
+    compute = _flops(sizes, mechanism, run) / (run.gpus * hardware.flops * run.efficiency)
+    compute *= 1 + (shares.pipeline - 1) / rows  # the bubble
+    touched = per_gpu * (2 * WEIGHT + 2 * GRADIENT + 2 * OPTIMISER) + rows * 3 * (held * NARROW + activations)
+    e = Estimate(
+        shares=shares,
+        weights=per_gpu * WEIGHT + gathered,
+        gradients=per_gpu * GRADIENT,
+        optimiser=per_gpu * OPTIMISER,
+        activations=activations,
+        cache=cache_bytes(sizes, mechanism, run.length, NARROW),
+        compute_s=compute,
+        bandwidth_s=touched / hardware.bandwidth,
+        network_s=_network(sizes, mechanism, hardware, shares, held, rows, tokens),
+        fits=False,
+    )
+    return replace(e, fits=e.memory <= USABLE * hardware.memory)
+
+
+def _activations(sizes: Sizes, mechanism: Mechanism, run: Run, shares: Shares, tokens: float) -> float:
+    """Bytes kept for the backward pass. Under 1F1B the first stage holds one micro-batch for every stage, of its own
+    share of the layers: as much as all layers of one micro-batch."""
+    wide = sizes.hidden * 4
+    cut = (4 * sizes.heads * sizes.width + 5 * sizes.groups * sizes.width + 4 * sizes.inner) * NARROW
+    layer = 2 * wide + 2 * sizes.hidden * NARROW + cut / shares.tensor
+    layer += workspace_per_token(sizes, mechanism) / shares.tensor
+    layers = sizes.layers
+    kept = layers * wide + layer if run.checkpointing else layers * layer
+    return tokens * (kept + sizes.vocabulary * (4 + 4 + NARROW) / shares.tensor)
+
+
+def _flops(sizes: Sizes, mechanism: Mechanism, run: Run) -> float:
+    """Of a step: forward, twice that backward, and once more where activations are computed again."""
+    tokens = run.length * run.batch
+    matrices = 2.0 * sizes.multiplied * tokens
+    attention = 4.0 * sizes.layers * sizes.heads * sizes.width * pairs_per_token(mechanism, sizes, run.length) * tokens
+    return matrices * (4 if run.checkpointing else 3) + attention * (4.5 if run.checkpointing else 3.5)
+
+
+def _network(
+    sizes: Sizes, mechanism: Mechanism, hardware: Hardware, shares: Shares, held: float, rows: int, tokens: int
+) -> float:
+    """Seconds that the busiest GPU's links are in use, group by group; groups inside a machine use its faster ones."""
+    layers = sizes.layers / shares.pipeline
+    states = rows * tokens * sizes.hidden * NARROW
+    span, seconds = 1, 0.0
+
+    def add(size: int, sent: float, messages: float) -> None:
+        nonlocal span, seconds
+        span *= size
+        if size > 1:
+            bandwidth, latency = hardware.link(span)
+            seconds += sent / bandwidth + messages * latency
+
+    add(shares.tensor, 4 * layers * states * 2 * (shares.tensor - 1) / shares.tensor, 4 * layers)
+    halo, hops = sent_per_layer(sizes, mechanism, shares.sequence, NARROW)
+    add(shares.sequence, layers * rows * halo / shares.tensor, layers * hops)
+    if shares.sequence > 1:
+        seconds += _all_reduce(held * GRADIENT / shares.shard, shares.sequence, *hardware.link(span))
+    add(shares.pipeline, 2 * states, 2 * rows)
+    add(shares.shard, rows * 3 * held * NARROW * (shares.shard - 1) / shares.shard, rows * 3 * layers)
+    if shares.replicas > 1:
+        span *= shares.replicas
+        seconds += _all_reduce(held * GRADIENT / shares.shard, shares.replicas, *hardware.link(span))
+    return seconds
+
+
+def _all_reduce(size: float, ranks: int, bandwidth: float, latency: float) -> float:
+    return 2 * size * (ranks - 1) / ranks / bandwidth + 2 * (ranks - 1) ** 0.5 * latency
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _worth(e: Estimate) -> tuple[Any, ...]:
+    return not e.fits, float(f"{e.step_s if e.fits else e.memory:.1e}"), not e.shares.runs, *_complexity(e.shares)
+
+
+def _complexity(shares: Shares) -> tuple[int, int, int]:
+    """Fewer kinds of sharing first, then less tensor and pipeline."""
+    return sum(n > 1 for n in asdict(shares).values()), shares.pipeline, shares.tensor

@@ -1,0 +1,128 @@
+"""What an estimate needs to know of a model and of a mechanism: sizes from a config, formulas by definition."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..attention import Mechanism
+from ..attention.dense import Dense
+from ..attention.nystrom import Nystrom
+from ..attention.performer import Performer
+from ..attention.window import Window
+
+__all__ = ["Sizes", "cache_bytes", "pairs_per_token", "sent_per_layer", "workspace_per_token"]
+
+CHUNK = 128  # positions for which a causal Performer keeps one state while it trains
+KNOWN = "dense, window, performer, nystrom"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """layers, hidden width, query heads, key heads, width of a head, inner width of the feed-forward, vocabulary."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    width: int
+    inner: int
+    vocabulary: int
+    gated: bool = True
+    tied: bool = True
+    causal: bool = True
+
+    @classmethod
+    def of(cls, config: Any) -> "Sizes":
+        """From a config of Transformers. ValueError names the size that it does not tell."""
+        config = config.get_text_config()
+
+        def told(*names: str) -> Any:
+            found = next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+            if found is None:
+                raise ValueError(f"{type(config).__name__} does not tell {names[0]}: no estimate can be made of it")
+            return found
+
+        heads, hidden = told("num_attention_heads"), told("hidden_size")
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        return cls(
+            layers=told("num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            groups=getattr(config, "num_key_value_heads", None) or heads,
+            width=getattr(config, "head_dim", None) or hidden // heads,
+            inner=inner,
+            vocabulary=told("vocab_size"),
+            gated=bool(getattr(config, "mlp_gated", hasattr(config, "rms_norm_eps"))),
+            tied=bool(getattr(config, "tie_word_embeddings", True)),
+            causal=bool(getattr(config, "causal", hasattr(config, "rms_norm_eps") or hasattr(config, "n_ctx"))),
+        )
+
+    @property
+    def layer(self) -> int:
+        """Weights of one layer's matrices."""
+        attention = self.hidden * self.width * (2 * self.heads + 2 * self.groups)
+        return attention + (3 if self.gated else 2) * self.hidden * self.inner
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that every token is multiplied with: all but the table of word embeddings."""
+        return self.layers * self.layer + self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Without norms, biases and learned positions, which are less than one in a hundred."""
+        return self.multiplied + (0 if self.tied else self.vocabulary * self.hidden)
+
+
+def pairs_per_token(mechanism: Mechanism, sizes: Sizes, length: int) -> float:
+    """Keys that a query meets (or work that costs as much), of `length`: 4 x heads x width operations each."""
+    if isinstance(mechanism, Window):
+        reach = mechanism.window if sizes.causal else 2 * mechanism.window + 1
+        return min(reach + mechanism.sinks, length / 2 if sizes.causal else length)
+    if isinstance(mechanism, Performer):  # features of query and key, the state read and written, a chunk met directly
+        return 2 * mechanism.features + (CHUNK if sizes.causal else 0)
+    if isinstance(mechanism, Nystrom):
+        return 2 * mechanism.landmarks + 6 * mechanism.iterations * mechanism.landmarks**3 / (2 * sizes.width * length)
+    if isinstance(mechanism, Dense):
+        return length / 2 if sizes.causal else length
+    raise ValueError(f"there is no formula for {mechanism.name}; there are formulas for {KNOWN}")
+
+
+def workspace_per_token(sizes: Sizes, mechanism: Mechanism) -> float:
+    """Bytes that a mechanism itself keeps for its backward pass, per token and layer."""
+    if isinstance(mechanism, Performer) and sizes.causal:
+        return sizes.heads * mechanism.features * (sizes.width + 1) * 4 / CHUNK
+    return 4.0 * sizes.heads  # one sum of weights for every query
+
+
+def cache_bytes(sizes: Sizes, mechanism: Mechanism, length: int, bytes_each: int) -> float:
+    """Of one sequence while it is generated; 0 for bidirectional models."""
+    if not sizes.causal:
+        return 0.0
+    if isinstance(mechanism, Performer):
+        return 4.0 * sizes.layers * sizes.heads * mechanism.features * (sizes.width + 1)
+    kept = min(length, mechanism.window + mechanism.sinks) if isinstance(mechanism, Window) else length
+    return 2.0 * sizes.layers * sizes.groups * sizes.width * kept * bytes_each
+
+
+def sent_per_layer(sizes: Sizes, mechanism: Mechanism, ranks: int, bytes_each: int) -> tuple[float, float]:
+    """Bytes that the busiest rank sends for one layer and row, forward and backward, and messages one after another.
+
+    Measured against these: docs/results/sequence_parallel.
+    """
+    if ranks < 2:
+        return 0.0, 0.0
+    token = 2 * sizes.groups * sizes.width * bytes_each
+    if isinstance(mechanism, Window):
+        # causal: one halo forward and its gradient backward; an inner rank of a bidirectional model has two
+        halo = (mechanism.window - 1) * token if sizes.causal else 2 * mechanism.window * token
+        around = 2 * (ranks - 1) / ranks * sizes.heads * mechanism.sinks * (2 * sizes.width + 1) * 4
+        firsts = (ranks - 1) * mechanism.sinks * token
+        return 2 * (halo + firsts) + (0 if sizes.causal else 2 * around), 2.0 if sizes.causal else 6.0
+    if isinstance(mechanism, Performer):
+        state = sizes.heads * (mechanism.features * (sizes.width + 1) + 1) * 4
+        return (2 if sizes.causal else 4) * state, (2 if sizes.causal else 4) * float(ranks - 1)
+    if isinstance(mechanism, Nystrom):
+        m, around = mechanism.landmarks, 2 * (ranks - 1) / ranks * 4
+        means, read = m * (sizes.heads + sizes.groups) * sizes.width, m * sizes.heads * (sizes.width + 1)
+        return around * (2 * means + 2 * read + m * sizes.heads), 5.0
+    raise ValueError(f"{mechanism.name} does not share a sequence; window, performer and nystrom do")

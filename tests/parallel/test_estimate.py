@@ -1,0 +1,107 @@
+"""Estimates against what they estimate: counted parameters, bytes that simulated ranks sent, memory of a step here."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from hf_tfast import Dense, Hashed, Nystrom, Performer, TFastConfig, TFastForCausalLM, Window
+from hf_tfast.benchmarking.memory import peak_memory
+from hf_tfast.cli._app import app
+from hf_tfast.parallel.estimate import Run, Shares, estimate
+from hf_tfast.parallel.estimate_hardware import HARDWARE
+from hf_tfast.parallel.estimate_model import Sizes, sent_per_layer
+from hf_tfast.parallel.sequence_measure import GROUPS, HEADS, WIDTH, measure
+
+LARGE = Sizes(layers=32, hidden=4096, heads=32, groups=8, width=128, inner=14336, vocabulary=128256, tied=False)
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 352,
+}
+
+
+@pytest.mark.parametrize("config", [TFastConfig(**SMALL, causal=True), LlamaConfig(**SMALL, num_key_value_heads=2)],
+                         ids=["tfast", "llama"])  # fmt: skip
+def test_parameters(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert Sizes.of(config).parameters == pytest.approx(model.num_parameters(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "causal"),
+    [(Window(window=65, sinks=2), True), (Window(window=32), False), (Performer(features=16), True),
+     (Performer(features=16), False), (Nystrom(landmarks=16), False)], ids=str,
+)  # fmt: skip
+def test_bytes_sent_are_those_measured(mechanism, causal):
+    sizes = Sizes(layers=1, hidden=HEADS * WIDTH, heads=HEADS, groups=GROUPS, width=WIDTH, inner=1, vocabulary=1,
+                  causal=causal)  # fmt: skip
+    sent = measure(mechanism, causal, 4, 1024)["most"]
+    assert sent_per_layer(sizes, mechanism, 4, 4)[0] == pytest.approx(sent, rel=0.1)
+
+
+def test_activations_here():
+    """fp32 on a CPU keeps what autocast keeps in half the width: within a third of the measured peak."""
+    config = TFastConfig(**SMALL, attention=Window(window=64), causal=True)
+    model, ids = TFastForCausalLM(config), torch.randint(512, (1, 2048))
+
+    def step():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    step()
+    peak = peak_memory(step, torch.device("cpu")).bytes
+    run = Run(length=2048, batch=1, gpus=1)
+    (found,) = estimate(Sizes.of(config), Window(window=64), run, HARDWARE["h100"], Shares())
+    assert found.activations < peak < 2.5 * found.activations
+
+
+def test_a_million_tokens_on_a_thousand_gpus():
+    run = Run(length=2**20, batch=64, gpus=1024, checkpointing=True)
+    window, *_ = estimate(LARGE, Window(window=4096, sinks=4), run, HARDWARE["h100"])
+    with pytest.raises(ValueError, match="divisors in common"):  # without an exchange 64 sequences are too few
+        estimate(LARGE, Dense(), run, HARDWARE["h100"])
+    more = Run(length=2**20, batch=1024, gpus=1024, checkpointing=True)
+    dense, *_ = estimate(LARGE, Dense(), more, HARDWARE["h100"])
+    assert window.fits
+    assert window.shares.tensor * window.shares.sequence * window.shares.pipeline * window.shares.data == 1024
+    assert dense.shares.sequence == 1  # dense attention has no exchange
+    assert dense.compute_s > 10 * 16 * window.compute_s
+    assert window.cache < dense.cache / 200
+
+
+def test_what_sharing_does():
+    run = Run(length=2**17, batch=8, gpus=8)
+    alone, shard, sequence = (estimate(LARGE, Window(window=1024), run, HARDWARE["h100"], shares)[0] for shares in
+                              (Shares(replicas=8), Shares(shard=8), Shares(sequence=8)))  # fmt: skip
+    assert shard.optimiser == alone.optimiser / 8
+    assert sequence.activations == pytest.approx(alone.activations / 8)
+    assert not alone.fits
+    again = Run(length=2**17, batch=8, gpus=8, checkpointing=True)
+    saved = estimate(LARGE, Window(window=1024), again, HARDWARE["h100"],
+                     Shares(replicas=8))[0]  # fmt: skip
+    assert saved.activations < alone.activations / 2
+    assert saved.compute_s > alone.compute_s
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="divisors in common"):
+        estimate(LARGE, Dense(), Run(length=1021, batch=1, gpus=7), HARDWARE["h100"])
+    with pytest.raises(ValueError, match="no formula for hashed"):
+        estimate(LARGE, Hashed(), Run(length=1024, batch=1, gpus=1), HARDWARE["h100"])
+    with pytest.raises(ValueError, match="at least 1"):
+        Run(length=0, batch=1, gpus=1)
+
+
+def test_command():
+    given = ["estimate", "--model", json.dumps({**SMALL, "causal": True}), "--length", "4096", "--gpus", "4", "--json",
+             "--mechanism", "window:window=128"]  # fmt: skip
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["mechanism"]["window"] == 128
+    assert found["layouts"][0]["fits"]

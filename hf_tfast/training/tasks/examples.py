@@ -42,14 +42,6 @@ class Examples(Dataset[Feature]):
     def __getitem__(self, n: int) -> Feature:
         return self.features[n]
 
-    def tokens(self) -> int:
-        """Of all inputs and outputs."""
-        return sum(len(one["input_ids"]) + len(one["labels"]) for one in self.features if _is_list(one))
-
-
-def _is_list(feature: Feature) -> bool:
-    return isinstance(feature.get("labels"), list)
-
 
 class Augmented(Dataset[Feature]):
     """Training examples with tokens dropped or masked; special tokens, and those with a label to copy, stay.

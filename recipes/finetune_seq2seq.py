@@ -27,7 +27,8 @@ A pretrained model with a window, on documents and their summaries:
         --train_file a.jsonl --columns source=article target=summary --early_stopping 3 \
         --attention '{"mechanism": "window", "window": 256}'
 
-Expected of the first: docs/results/translation/table.md, where its cost stands too.
+Expected: a table of the models in --output_dir. A tenth of the first, with its cost: the table in
+docs/results/translation/from_scratch.
 """
 
 from dataclasses import dataclass, field

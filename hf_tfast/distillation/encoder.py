@@ -56,7 +56,7 @@ class EncoderArguments(TrainingArguments):
     keep_weight: float = _option(1.0, "of the distance to the teacher's vectors of queries and passages; 0: none")
     recompute: bool = _option(True, "compute documents again in the backward: a batch in the memory of one document")
     max_steps: int = _option(60, "steps of the optimiser")
-    learning_rate: float = _option(3e-4, "its highest value")
+    learning_rate: float = _option(1e-4, "its highest value")
     warmup_steps: float = _option(0.1, "steps (or a share of them) over which it rises")
     lr_scheduler_type: str = _option("cosine", "how it falls afterwards")
     per_device_train_batch_size: int = _option(16, "documents of a step and device")
@@ -213,7 +213,7 @@ class EncoderTrainer(Trainer):
         alone = [torch.cat([front, documents[n][a:b], back]) for n, a, b in inputs["spans"].tolist()]
         texts = [*inputs["query_ids"].split(inputs["query_lengths"].tolist()), *alone]
         most = self.teacher.model.config.max_position_embeddings
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self._short(self.teacher.model, self.teacher, [text[:most] for text in texts])
         kept = embedding_cosine(queries, wanted[: len(queries)])
         return kept + embedding_cosine(passages, wanted[len(queries) :]) if alone else kept

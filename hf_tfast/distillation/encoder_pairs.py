@@ -113,14 +113,17 @@ def pieces(text: str, characters: int, shortest: int) -> list[str]:
 def cloze(name: str, text: str, queries: int, seed: int = 0) -> Example | None:
     """An example made from a text alone, drawn by seed and name; None where the text has too few sentences.
 
-    At most `queries` queries; at most a fifth of the text leaves the document.
+    At most `queries` queries, fewer of a short text: at most a quarter of it leaves the document.
     """
     draw = random.Random(hashlib.sha256(f"{seed}:{name}".encode()).digest())
     runs = list(_runs(text))
-    together, apart = queries - queries // 2, queries // 2
-    wanted = together + apart * SCATTERED
-    spread = [_nth(runs, n, wanted, draw) for n in range(wanted)] if len(runs) >= 2 * wanted else []
-    if not spread or sum(end - start for start, end in spread) > len(text) / 5:
+    for count in range(queries, 0, -1):
+        apart = count // 2
+        together, wanted = count - apart, count - apart + apart * SCATTERED
+        spread = [_nth(runs, n, wanted, draw) for n in range(wanted)] if len(runs) >= 2 * wanted else []
+        if spread and sum(end - start for start, end in spread) <= len(text) / 4:
+            break
+    else:
         return None
     alone = set(draw.sample(range(wanted), together))
     body, at, places, scattered = "", 0, list[Query](), list[str]()

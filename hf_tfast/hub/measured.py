@@ -1,6 +1,7 @@
 """What was measured of a model, for its card: read from the files that the measuring commands write.
 
     quickstart   results.json     settings, retrieval, passages, environment
+    healing      results.json     of recipes/distill_encoder.py: quality, speed, training
     training     metrics.json of one model, or results.json with the records of several; the same of tasks
     fidelity     results.jsonl    records of kind "fidelity"
     bench        results.jsonl    records of kind "timing"
@@ -167,6 +168,35 @@ def _quickstart(content: Record, facts: Facts, path: Path) -> Measured:
     ]  # fmt: skip
     return Measured("Finding long documents", f"{documents}\n\n{passages}\n\n{_foot(content['environment'], about)}",
                     figures)  # fmt: skip
+
+
+def _healing(content: Record, facts: Facts, path: Path) -> Measured:
+    """Everybody's rankings on every corpus; the healed model's by its own queries are its figures."""
+    training, quality = content["training"], content["quality"]["quality"]
+    _check_name(training["model"], facts, path)
+    if training["plan"]["attention"] != facts.attention:
+        raise ValueError(
+            f"{path} was measured with {training['plan']['attention']}, this model runs {facts.attention}"
+        )
+    speed = {row["key"]: row["documents_per_second"] for row in content["speed"]["speed"]}
+    first = next(iter(quality.values()))["documents"]
+    rows, figures = [], []
+    for n, row in enumerate(first):
+        cells = [f"{t['documents'][n]['mrr']:.3f} ({t['documents'][n]['recall_at_1']:.3f})" for t in quality.values()]
+        by = "teacher" if row["queries_by"] == "teacher" else "itself"
+        rows.append((row["label"], by, *cells, f"{speed[row['key']]:.2f}"))
+    for name, corpus in quality.items():
+        own = next(r for r in corpus["documents"] if r["key"] == r["queries_by"] == "healed")
+        figures += [EvalResult("sentence-similarity", _slug(name), f"{name} ({corpus['source']})", metric,
+                               round(own[key], 4), "Retrieval of long documents")
+                    for metric, key in (("mrr", "mrr"), ("recall", "recall_at_1"))]  # fmt: skip
+    columns = ("whole documents", "queries by", *quality, "documents/s")
+    about = "MRR and, in brackets, recall@1. " + " ".join(
+        f"{name}: {c['count']} documents of {c['mean_tokens']:.0f} tokens read, {c['queries']} queries."
+        for name, c in quality.items()
+    )
+    text = f"{_rows(columns, rows)}\n\n{_foot(content['quality']['environment'], about)}"
+    return Measured("Finding long documents, after healing", text, figures)
 
 
 def _slug(text: str) -> str:

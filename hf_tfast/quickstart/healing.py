@@ -4,19 +4,21 @@ output_dir/arguments.json   what was asked for; a folder with it is such a heali
 output_dir/checkpoints/     of Trainer, to resume from
 output_dir/model/           the healed encoder, as sentence-transformers and AutoModel read it
 output_dir/training.json    data, settings and curve of the training
-output_dir/quality.json     rankings of all rivals on all corpora
+output_dir/baselines.json   rankings of teacher, dense and untrained plan on all corpora; kept where it exists
+output_dir/read/            vectors that the baselines made so far
+output_dir/quality.json     rankings of the healed encoder
 output_dir/speed.json       documents a second of all rivals, in turns
 """
 
 import json
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from ..attention.window import Window
 from ..benchmarking.environment import environment
@@ -29,11 +31,14 @@ from ..training.run import write_json
 from ..training.sources import documents
 from .corpus import Corpus, Document, load_corpus, python_corpus
 from .encoder import Encoder, lengthened, load_encoder, planned
-from .healing_contest import Contestant, measure_quality, measure_speed, metrics_of
+from .healing_contest import TEACHER, Contestant, measure_quality, measure_speed, metrics_of
+from .healing_report import write_pages
 from .saving import save_encoder
 
 PYTHON = "python"
-STAGES = ("train", "quality", "speed")
+CLOZES = 8  # queries made from a piece of text
+MARK = "arguments.json"
+STAGES = ("baselines", "train", "quality", "speed")
 CHARACTERS = 4  # of a token, about: as long are the pieces of a long text, for each token that a step reads
 
 
@@ -58,16 +63,18 @@ class HealingArguments:
     )
     evaluate: list[str] = _option([PYTHON], "name=file of {document, queries} each, or python")
     evaluated_documents: int = _option(32, "Python's own documents that are evaluated, the longest")
-    train: str = _option("lora:16", "what learns: lora:RANK, last:LAYERS, or all")
+    train: str = _option("last:3", "what learns: lora:RANK, last:LAYERS, or all")
     train_length: int = _option(2048, "tokens of a document that a step reads")
-    queries: int = _option(8, "queries of a document in a step, at most")
+    query_length: int = _option(96, "tokens of a query that a step reads")
+    queries: int = _option(4, "queries of a document in a step, at most")
     passages: int = _option(2, "passages of a document that the teacher reads too")
     pieces: int = _option(400, "pieces of a source of --documents, at most, evenly from all of it")
     int8: bool = _option(
         True, "measure the healed encoder with int8 feed-forwards too, where bitsandbytes is installed"
     )
     timed_documents: int = _option(6, "documents on which every rival is timed")
-    stages: list[str] = _option(list(STAGES), "which of train, quality and speed to do now")
+    stages: list[str] = _option(list(STAGES), "which of baselines, train, quality and speed to do now")
+    report: str | None = _option(None, "folder for results.json, table.md and healing.png, when all stages are done")
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -88,6 +95,13 @@ class Party:
     validation: dict[str, Corpus]
     evaluated: dict[str, Corpus]
 
+    @property
+    def baselines(self) -> list[Contestant]:
+        return [
+            Contestant("dense", "dense", self.dense, self.teacher),
+            Contestant("untrained", "untrained plan", self.untrained, self.teacher),
+        ]
+
 
 def heal(data: HealingArguments, args: EncoderArguments) -> dict[str, Any]:
     """Do the stages that were asked for; what the last of them wrote."""
@@ -95,20 +109,55 @@ def heal(data: HealingArguments, args: EncoderArguments) -> dict[str, Any]:
     folder = Path(args.output_dir or "")
     party = _party(data)
     record: dict[str, Any] = {}
+    opened = _open(folder, data, args)
     if "train" in data.stages:
-        record = _train(data, args, party, folder)
-    if {"quality", "speed"} & set(data.stages):
-        contestants = _contestants(data, party, folder / "model")
+        if opened:
+            print(f"{folder}: already trained, kept")
+        else:
+            record = _train(data, args, party, folder)
+    done = {"arguments": vars(data), "environment": environment()}
+    if "baselines" in data.stages and not (folder / "baselines.json").is_file():
+        before = measure_quality(
+            party.teacher, party.baselines, party.evaluated, data.length, TEACHER, folder / "read"
+        )
+        record = {"quality": before, **done}
+        write_json(record, folder / "baselines.json")
+    healed = _healed(data, party, folder / "model") if {"quality", "speed"} & set(data.stages) else []
     if "quality" in data.stages:
-        quality = measure_quality(party.teacher, contestants, party.evaluated, data.length)
-        record = {"quality": quality, "arguments": vars(data), "environment": environment()}
+        record = {"quality": measure_quality(party.teacher, healed, party.evaluated, data.length), **done}
         write_json(record, folder / "quality.json")
     if "speed" in data.stages:
         corpus = max(party.evaluated.values(), key=lambda c: sum(len(d.text) for d in c.documents) / len(c.documents))
-        speed = measure_speed(party.teacher, contestants, corpus, data.length, data.timed_documents)
-        record = {"speed": speed, "arguments": vars(data), "environment": environment()}
+        everybody = [*party.baselines, *healed]
+        speed = measure_speed(party.teacher, everybody, corpus, data.length, data.timed_documents)
+        record = {"speed": speed, **done}
         write_json(record, folder / "speed.json")
+    if data.report is not None:
+        write_pages(folder, Path(data.report))
     return record
+
+
+def _open(folder: Path, data: HealingArguments, args: EncoderArguments) -> bool:
+    """Make the folder or enter the one that is to be resumed; is its training done? Errors say what is in the way."""
+    names = ("model", "length", "window", "sinks", "pairs", "documents", "pieces", "validation", "evaluate", "train",
+             "train_length", "query_length", "queries", "passages")  # fmt: skip
+    own = ("temperature", "passage_weight", "keep_weight", "max_steps", "learning_rate", "per_device_train_batch_size",
+           "gradient_accumulation_steps", "seed")  # fmt: skip
+    settings = {name: getattr(data, name) for name in names} | {name: getattr(args, name) for name in own}
+    if not folder.exists() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(settings, folder / MARK)
+        return False
+    if not args.resume_from_checkpoint:
+        raise FileExistsError(
+            f"{folder} holds something; name another --output_dir, or go on in it with --resume_from_checkpoint last"
+        )
+    if not (folder / MARK).is_file():
+        raise FileExistsError(f"{folder} holds no {MARK}, so there is no training in it to resume")
+    before = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    if different := [f"{n} was {before.get(n)!r} and is {v!r}" for n, v in settings.items() if before.get(n) != v]:
+        raise ValueError(f"{folder} holds another training, which cannot be resumed so: {'; '.join(different)}")
+    return (folder / "training.json").is_file()
 
 
 def _party(data: HealingArguments) -> Party:
@@ -139,7 +188,7 @@ def training_examples(data: HealingArguments, party: Party, seed: int) -> tuple[
             texts = [(f"{d.name}:{n}", piece) for d in documents([source])
                      for n, piece in enumerate(pieces(d.text, size, size // 3))]  # fmt: skip
             texts = texts[:: -(-len(texts) // data.pieces)]
-            made = (cloze(name, text, data.queries, seed) for name, text in texts)
+            made = (cloze(name, text, CLOZES, seed) for name, text in texts)
             found[Path(source).name] = [example for example in made if example is not None]
     watched = {**party.evaluated, **party.validation}
     texts_of = [d.text for corpus in watched.values() for d in corpus.documents]
@@ -198,10 +247,16 @@ def _train(data: HealingArguments, args: EncoderArguments, party: Party, folder:
         examples,
         party.untrained,
         length=data.train_length,
+        query=data.query_length,
         queries=data.queries,
         passages=data.passages,
         seed=args.seed,
     )
+    args = copy(args)
+    args.output_dir = str(folder / "checkpoints")
+    start = args.resume_from_checkpoint
+    if start == "last":
+        start = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if not party.validation:  # nothing says which checkpoint is best: the last one is kept
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     set_seed(args.seed)
@@ -219,16 +274,20 @@ def _train(data: HealingArguments, args: EncoderArguments, party: Party, folder:
         model=model,
         evaluate=evaluate if party.validation else None,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=start)
     healed = replace(student, model=model.merge_and_unload() if hasattr(model, "merge_and_unload") else model)
     healed.model.eval()
     save_encoder(healed, folder / "model")
     record = {
+        "model": party.teacher.name,
+        "plan": healed.model.config.quantization_config.to_dict(),
         "arguments": vars(data),
         "training": args.to_dict(),
         "data": report,
         "history": trainer.state.log_history,
         "seconds": trainer.clock.seconds,
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
         "best": trainer.state.best_metric,
         "environment": environment(),
     }
@@ -236,12 +295,11 @@ def _train(data: HealingArguments, args: EncoderArguments, party: Party, folder:
     return record
 
 
-def _contestants(data: HealingArguments, party: Party, folder: Path) -> list[Contestant]:
+def _healed(data: HealingArguments, party: Party, folder: Path) -> list[Contestant]:
     from transformers import AutoModel
 
     healed = replace(party.untrained, model=AutoModel.from_pretrained(folder).eval().to(party.teacher.model.device))
-    found = [Contestant("untrained", "untrained plan", party.untrained, party.teacher)]
-    found.append(Contestant("healed", "healed plan", healed, healed))
+    found = [Contestant("healed", "healed plan", healed, healed)]
     if data.int8:
         from ..feed_forward.int8 import Int8
         from ..integration.apply import apply_plan
@@ -251,4 +309,4 @@ def _contestants(data: HealingArguments, party: Party, folder: Path) -> list[Con
         window = Window(window=data.window, sinks=data.sinks)
         small = replace(healed, model=apply_plan(dense, FastPlan(attention=window, feed_forward=Int8())))
         found.append(Contestant("int8", "healed plan, int8 feed-forwards", small, small))
-    return [Contestant("dense", "dense", party.dense, party.teacher), *found]
+    return found

@@ -4,20 +4,38 @@ The teacher takes part three times: with its first tokens, with its chunks avera
 everybody who reads whole documents, each with the encoder of its queries.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .corpus import Corpus
 from .encoder import CHUNK, Encoder
 from .progress import steps
-from .retrieval import Record, Rival, Text, document_table, passage_table, quality, ranks, read_all, rivals, tokenized
+from .retrieval import (
+    Reading,
+    Record,
+    Rival,
+    Text,
+    document_table,
+    passage_table,
+    quality,
+    ranks,
+    read_all,
+    rivals,
+    tokenized,
+)
 
+TEACHER = ("truncated", "chunked", "alone")
+SPEED = ("documents_per_second", "seconds", "peak_bytes", "peak_method")
 TOKENS = 4096  # padded tokens of queries at once
 
 
@@ -60,11 +78,10 @@ def metrics_of(encoder: Encoder, corpora: Mapping[str, Corpus], length: int) -> 
     return mean | {f"{name}_{key}": value for name, f in found.items() for key, value in f.items()}
 
 
-def contest(teacher: Encoder, contestants: Sequence[Contestant], length: int) -> list[Rival]:
-    """Everybody who takes part, by key."""
+def contest(teacher: Encoder, contestants: Sequence[Contestant], length: int, alone: Sequence[str]) -> list[Rival]:
+    """Everybody who takes part; of the teacher, what `alone` names: truncated, chunked, alone."""
     chunk, first = min(CHUNK, teacher.native), contestants[0].encoder
-    found = rivals(teacher, first, first, chunk, length)
-    taken = [rival for rival in found if rival.key in ("truncated", "chunked", "alone")]
+    taken = [rival for rival in rivals(teacher, first, first, chunk, length) if rival.key in alone]
     for contestant in contestants:
         whole = rivals(teacher, first, contestant.encoder, chunk, length)[3]
         taken.append(replace(whole, key=contestant.key, label=f"{contestant.label}, {length} tokens"))
@@ -72,9 +89,19 @@ def contest(teacher: Encoder, contestants: Sequence[Contestant], length: int) ->
 
 
 def measure_quality(
-    teacher: Encoder, contestants: Sequence[Contestant], corpora: Mapping[str, Corpus], length: int
+    teacher: Encoder,
+    contestants: Sequence[Contestant],
+    corpora: Mapping[str, Corpus],
+    length: int,
+    teacher_as: Sequence[str] = (),
+    keep: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """corpus: {"documents", "passages"}: rows of every rival, with "queries_by" where a second encoder asks too."""
+    """corpus: {"documents", "passages"}: rows of every rival, by its own queries and by the teacher's.
+
+    teacher_as   how the teacher takes part itself: TEACHER, or nothing. Each passage alone only where queries know
+                 their passages.
+    keep         folder in which vectors stay, so that a call that was stopped goes on; of encoders that stay.
+    """
     console, found = Console(), dict[str, dict[str, Any]]()
     asks = {c.key: c.asks for c in contestants}
     read: dict[tuple[str, ...], list[Record]] = {}  # corpora that differ in their queries alone are read once
@@ -84,7 +111,10 @@ def measure_quality(
         if same not in read:
             label = f"reading {len(texts)} documents of {name}"
             with steps(console, label, len(texts)) as bar, torch.inference_mode():
-                read[same] = read_all(contest(teacher, contestants, length), texts, bar)
+                known = any(place is not None for _, _, place in corpus.queries)
+                own = [key for key in teacher_as if key != "alone" or known]
+                everybody = contest(teacher, contestants, length, own)
+                read[same] = read_all([r if keep is None else _kept(r, keep) for r in everybody], texts, bar)
         records = read[same]
         asked: dict[int, Tensor] = {}
         table: dict[str, Any] = {"documents": [], "passages": [], **facts(corpus, texts)}
@@ -105,6 +135,25 @@ def measure_quality(
     return found
 
 
+def _kept(rival: Rival, folder: Path) -> Rival:
+    """The rival, who keeps what it read in the folder and reads no text twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def read(text: Text) -> Reading:
+        about = json.dumps([rival.label, text.ids, text.spans])
+        path = folder / f"{rival.key}-{hashlib.sha256(about.encode()).hexdigest()[:20]}.safetensors"
+        if not path.is_file():
+            reading = rival.read(text)
+            found = {"document": reading.document, "passages": reading.passages}
+            new = path.with_suffix(".new")
+            save_file({name: x.cpu().contiguous() for name, x in found.items() if x is not None}, new)
+            new.replace(path)  # all of it or nothing
+        kept = load_file(path)
+        return Reading(kept.get("document"), kept.get("passages"))
+
+    return replace(rival, read=read)
+
+
 def facts(corpus: Corpus, texts: Sequence[Text]) -> dict[str, Any]:
     lengths = [len(text.ids) for text in texts]
     return {
@@ -117,8 +166,8 @@ def facts(corpus: Corpus, texts: Sequence[Text]) -> dict[str, Any]:
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Without times: rivals are timed apart, on a quiet machine."""
-    return {key: value for key, value in row.items() if key not in ("documents_per_second", "seconds")}
+    """Without times and memory: rivals are timed apart, on a quiet machine."""
+    return {key: value for key, value in row.items() if key not in SPEED}
 
 
 def measure_speed(
@@ -127,7 +176,7 @@ def measure_speed(
     """Documents a second of every rival on the `count` first documents, by turns."""
     texts = [tokenized(teacher, document, length) for document in corpus.documents[:count]]
     with steps(Console(), f"timing {len(texts)} documents", len(texts)) as bar, torch.inference_mode():
-        records = read_all(contest(teacher, contestants, length), texts, bar)
+        records = read_all(contest(teacher, contestants, length, TEACHER), texts, bar)
     return [_speed(record) for record in records]
 
 

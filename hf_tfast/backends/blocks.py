@@ -48,7 +48,8 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)  # type: ignore[arg-type]
         ctx.call = call  # type: ignore[attr-defined]
-        o = q.new_empty(*q.shape[:3], v.shape[-1])
+        b, h, i, _ = q.shape
+        o = q.new_empty(b, i, h, v.shape[-1]).transpose(1, 2)  # heads side by side: what an output projection reads
         scratch = _Scratch()
         for tile in call.tiles():
             work = _Work(tile, q, k, v, sinks, scratch)
@@ -66,7 +67,7 @@ class _Tiles(torch.autograd.Function):
         call: Call = ctx.call  # type: ignore[attr-defined]
         wide = torch.promote_types(q.dtype, torch.float32)
         summed = q.dtype if call.layout.lists is None else wide  # a band adds its overlaps up in fp32 first
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=summed), torch.zeros_like(v, dtype=summed)
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
         scratch = _Scratch()

@@ -26,8 +26,7 @@ def few_keys(
         h, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
         k, v = (_heads(x.to(wide), h) for x in (k, v))
         bias = None if bias is None else bias.to(wide).repeat(q.shape[0], 1)[:, None]
-        o = _FewKeys.apply(q.flatten(0, 1), k * scale, v, bias, softcap)
-        return o.unflatten(0, q.shape[:2])
+        return _FewKeys.apply(q, k * scale, v, bias, softcap)
 
 
 def few_queries(
@@ -49,7 +48,7 @@ def few_queries_part(
     with torch.autocast(q.device.type, enabled=False):
         b, g = k.shape[:2]
         rows = (q.to(torch.promote_types(q.dtype, torch.float32)) * scale).reshape(b * g, -1, q.shape[-1])
-        o, lse = _FewQueries.apply(rows, k.flatten(0, 1), v.flatten(0, 1), softcap)
+        o, lse = _FewQueries.apply(rows, k, v, softcap)
         return o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
@@ -64,6 +63,11 @@ def _chunks(length: int, others: int) -> list[slice]:
     return [slice(at, min(at + size, length)) for at in range(0, length, size)]
 
 
+def _part(x: Tensor, at: slice, dtype: torch.dtype) -> Tensor:
+    """[b h n d] -> [b*h c d]: a chunk, a view of heads side by side where there is one row."""
+    return x[:, :, at].flatten(0, 1).to(dtype)
+
+
 def _scores(q: Tensor, k: Tensor, softcap: float | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scores [n i j], and the slope of the softcap where there is one."""
     scores, slope = torch.bmm(q, k.mT), None
@@ -75,7 +79,7 @@ def _scores(q: Tensor, k: Tensor, softcap: float | None, bias: Tensor | None = N
 
 
 class _FewKeys(torch.autograd.Function):
-    """Queries in any dtype, chunked; keys (scaled), values and bias [n 1 j] in at least fp32."""
+    """Queries [b h i d] in any dtype, chunked; keys (scaled), values and bias [n 1 j] in at least fp32."""
 
     @staticmethod
     def forward(
@@ -83,45 +87,48 @@ class _FewKeys(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)  # type: ignore[arg-type]
         ctx.softcap = softcap  # type: ignore[attr-defined]
-        o = q.new_empty(*q.shape[:2], v.shape[-1])
-        for at in _chunks(q.shape[1], k.shape[0] * k.shape[1]):
-            scores, _ = _scores(q[:, at].to(k.dtype), k, softcap, bias)
-            o[:, at] = torch.bmm(scores.softmax(-1), v)
+        (b, h, i, _), e = q.shape, v.shape[-1]
+        o = q.new_empty(b, i, h, e).transpose(1, 2)  # heads side by side: what an output projection reads
+        for at in _chunks(i, k.shape[0] * k.shape[1]):
+            scores, _ = _scores(_part(q, at, k.dtype), k, softcap, bias)
+            o[:, :, at] = torch.bmm(torch.softmax(scores, -1, out=scores), v).view(b, h, -1, e)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors  # type: ignore[attr-defined]
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dq, (b, h) = torch.empty_like(q), q.shape[:2]
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         dbias = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(q.device.type, enabled=False):
-            for at in _chunks(q.shape[1], k.shape[0] * k.shape[1]):
-                rows, up = q[:, at].to(k.dtype), grad[:, at].to(k.dtype)
+            for at in _chunks(q.shape[2], k.shape[0] * k.shape[1]):
+                rows, up = _part(q, at, k.dtype), _part(grad, at, k.dtype)
                 scores, slope = _scores(rows, k, ctx.softcap, bias)  # type: ignore[attr-defined]
-                p = scores.softmax(-1)
+                p = torch.softmax(scores, -1, out=scores)
                 dv.baddbmm_(p.mT, up)
                 ds = torch.ops.aten._softmax_backward_data(torch.bmm(up, v.mT), p, -1, p.dtype)
                 if dbias is not None:
                     dbias += ds.sum(1, keepdim=True)
                 ds = ds if slope is None else ds.mul_(slope)
-                dq[:, at] = torch.bmm(ds, k)
+                dq[:, :, at] = torch.bmm(ds, k).view(b, h, -1, k.shape[-1])
                 dk.baddbmm_(ds.mT, rows)
         return dq, dk, dv, dbias, None
 
 
 class _FewQueries(torch.autograd.Function):
-    """Queries (scaled) in at least fp32; keys and values in any dtype, chunked, merged by their sums of weights."""
+    """Queries [b*g m d] (scaled) in at least fp32; keys and values [b g j .] in any dtype, chunked, merged by their
+    sums of weights."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         parts, sums = [], []
-        for at in _chunks(k.shape[1], q.shape[0] * q.shape[1]):
-            scores, _ = _scores(q, k[:, at].to(q.dtype), softcap)
-            p = scores.softmax(-1)  # faster than exp; its largest weight tells its sum
-            sums.append(scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log())
-            parts.append(torch.bmm(p, v[:, at].to(q.dtype)))
+        for at in _chunks(k.shape[2], q.shape[0] * q.shape[1]):
+            scores, _ = _scores(q, _part(k, at, q.dtype), softcap)
+            top = scores.amax(-1, keepdim=True)
+            p = torch.softmax(scores, -1, out=scores)  # faster than exp; its largest weight tells its sum
+            sums.append(top - p.amax(-1, keepdim=True).log())
+            parts.append(torch.bmm(p, _part(v, at, q.dtype)))
         lse = torch.stack(sums).logsumexp(0)
         o = torch.zeros_like(parts[0])
         for part, total in zip(parts, sums, strict=True):
@@ -134,17 +141,17 @@ class _FewQueries(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        dq = torch.zeros_like(q)
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        dq, (b, g) = torch.zeros_like(q), k.shape[:2]
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
         rest = dlse[..., None] - (grad * o).sum(-1, keepdim=True)
         with torch.autocast(q.device.type, enabled=False):
-            for at in _chunks(k.shape[1], q.shape[0] * q.shape[1]):
-                keys = k[:, at].to(q.dtype)
+            for at in _chunks(k.shape[2], q.shape[0] * q.shape[1]):
+                keys = _part(k, at, q.dtype)
                 scores, slope = _scores(q, keys, ctx.softcap)  # type: ignore[attr-defined]
                 p = scores.sub_(lse).exp_()
-                dv[:, at] = torch.bmm(p.mT, grad)
-                ds = torch.bmm(grad, v[:, at].to(q.dtype).mT).add_(rest).mul_(p)
+                dv[:, :, at] = torch.bmm(p.mT, grad).view(b, g, -1, v.shape[-1])
+                ds = torch.bmm(grad, _part(v, at, q.dtype).mT).add_(rest).mul_(p)
                 ds = ds if slope is None else ds.mul_(slope)
                 dq.baddbmm_(ds, keys)
-                dk[:, at] = torch.bmm(ds.mT, q)
+                dk[:, :, at] = torch.bmm(ds.mT, q).view(b, g, -1, k.shape[-1])
         return dq, dk, dv, None

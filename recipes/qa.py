@@ -11,7 +11,7 @@ SQuAD's JSON, or rows of question, context and answers; paragraphs of one articl
         --learning_rate 2e-4 --num_train_epochs 3 --per_device_train_batch_size 8 --output_dir runs/qa
 
 Expected: exact match and F1 of both models, with seconds, in runs/qa/table.md. A long context is
-cut into pieces that overlap by --stride; with --positions 4096 --source_length 4096 and a window it is read in one piece.
+cut into pieces that overlap by --stride; with --positions 4096 --source_length 4096 and a window it is one piece.
 """
 
 from transformers import HfArgumentParser

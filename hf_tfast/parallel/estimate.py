@@ -2,8 +2,8 @@
 
     estimate(sizes, mechanism, Run(length=2**20, batch=64, gpus=1024), HARDWARE["h100"])
 
-The formulas are those of docs/scale.md. A figure is a bound: compute, memory bandwidth and network are taken to overlap
-perfectly, and `efficiency` is the share of the peak that matrix products reach.
+The formulas are those of docs/scale.md. A figure is a bound: compute, memory bandwidth and network are taken to be in
+use at once, and `efficiency` is the share of the peak that matrix products reach.
 """
 
 from collections.abc import Iterator

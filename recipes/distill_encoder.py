@@ -11,7 +11,7 @@ of the training. Offline, with all-MiniLM-L6-v2 from its package and Python's ow
     accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/distill_encoder.py \
         --output_dir runs/distill_encoder
 
-With questions, summaries and their stories (SQuALITY), and books; the checkpoint that is best on stories apart is kept:
+With questions and summaries of stories (SQuALITY), and books; the checkpoint that is best on other stories is kept:
 
     accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/distill_encoder.py \
         --pairs data/squality_train.jsonl --documents 'data/gutenberg_books/train/*.txt' python \
@@ -20,7 +20,8 @@ With questions, summaries and their stories (SQuALITY), and books; the checkpoin
         --output_dir runs/distill_encoder --report docs/results/distill_encoder
 
 Expected: a table of teacher, chunk mean, dense, untrained and healed plan. A step of 16 documents of 2048 tokens takes
-about 9 seconds for the documents alone on 2 cores with AVX-512 BF16 (`--train last:3`; 12 with lora:16, 13 with all).
+about 9 seconds for the documents alone on 2 cores with AVX-512 BF16 (`--recompute false --train last:3`; 12 with
+lora:16, 13 with all).
 
 A training that was stopped goes on with --resume_from_checkpoint last; --stages quality speed measures again without
 training. On a GPU leave out --cpu.

@@ -391,4 +391,3 @@ def _merge_logit(top: Tensor, total: Tensor, logit: Tensor) -> None:
     now = torch.maximum(top, logit)
     total.mul_((top - now).exp2_()).add_((logit - now).exp2_())
     top.copy_(now)
-

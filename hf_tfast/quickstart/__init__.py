@@ -18,6 +18,7 @@ def run(
     length: int = 4096,
     window: int = 128,
     sinks: int = 4,
+    int8: bool = True,
     seconds: float = 60.0,
     dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def run(
     corpus   JSONL file of {"document": text, "queries": [text, ...]}; None takes Python's own documentation.
     length   tokens that the dense and the fast model read.
     window   keys that a query reads on each side; sinks first tokens read everything and are read by everything.
+    int8     are the fast model's feed-forwards int8? They need bitsandbytes.
     seconds  wall-clock budget of training for each of the two models; 0 leaves the training comparison out.
     dtype    "float32" or "bfloat16": of every encoder measured, teacher included, and of the saved model.
 
@@ -39,5 +41,5 @@ def run(
     """
     from .pipeline import run_all  # torch and transformers load here, not when the command line asks for help
 
-    settings = {"model": model, "corpus": corpus, "length": length, "window": window, "sinks": sinks}
+    settings = {"model": model, "corpus": corpus, "length": length, "window": window, "sinks": sinks, "int8": int8}
     return run_all(out, {**settings, "seconds": seconds, "dtype": dtype})

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..attention import Mechanism
+from ..feed_forward import Form
 from ..integration.apply import apply_plan
 from ..integration.plan import FastPlan
 from ..positions import extend_positions
@@ -149,9 +150,10 @@ def lengthened(encoder: Encoder, length: int) -> Encoder:
     return replace(encoder, model=model, tokenizer=tokenizer, native=max(length, encoder.native))
 
 
-def planned(encoder: Encoder, mechanism: Mechanism) -> Encoder:
-    """A copy whose self-attention is `mechanism`."""
-    return replace(encoder, model=apply_plan(deepcopy(encoder.model), FastPlan(attention=mechanism)))
+def planned(encoder: Encoder, mechanism: Mechanism, feed_forward: Form | None = None) -> Encoder:
+    """A copy whose self-attention is `mechanism`, and whose feed-forwards are of the form, if one is given."""
+    plan = FastPlan(attention=mechanism, feed_forward=feed_forward)
+    return replace(encoder, model=apply_plan(deepcopy(encoder.model), plan))
 
 
 def _beside(source: str, name: str) -> Path | None:

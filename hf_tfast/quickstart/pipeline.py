@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..attention.window import Window
 from ..benchmarking.environment import environment
 from ..benchmarking.folder import fresh_name, new_folder
+from ..feed_forward.int8 import Int8, int8_layer
 from .corpus import Corpus, load_corpus
 from .encoder import CHUNK, DTYPES, Encoder, lengthened, load_encoder, planned
 from .progress import steps
@@ -84,6 +85,8 @@ def _checked(target: Path, settings: dict[str, Any]) -> Window:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError('the figure needs matplotlib: pip install "hf_tfast[plots]"') from None
+    if settings["int8"]:
+        int8_layer()  # raises, and names the extra, where bitsandbytes is missing
     return Window(window=settings["window"], sinks=settings["sinks"])
 
 
@@ -145,7 +148,7 @@ def _contest(console: Console, corpus: Corpus, settings: dict[str, Any], window:
     if length <= chunk:
         raise ValueError(f"length must be more than the {chunk} tokens that the teacher reads at once, got {length}")
     dense = lengthened(teacher, length)
-    fast = planned(dense, window)
+    fast = planned(dense, window, Int8() if settings["int8"] else None)
     texts = [tokenized(teacher, document, length) for document in corpus.documents]
     for document, text in zip(corpus.documents, texts, strict=True):
         if not text.ids:

@@ -57,6 +57,9 @@ save_file(found, out)
 """
 
 
+_INT8 = " Its feed-forwards store and multiply int8 (LLM.int8)."
+
+
 def save_encoder(encoder: Encoder, folder: Path) -> None:
     """Model, tokenizer and sentence-transformers' module files, into a new folder."""
     encoder.model.save_pretrained(folder)
@@ -151,13 +154,13 @@ def write_card(encoder: Encoder, folder: Path, results: dict[str, Any], tables: 
 {data.to_yaml()}
 ---
 
-# {name.split("/")[-1]}, {settings["length"]} tokens, window attention
+# {name.split("/")[-1]}, {settings["length"]} tokens, window attention{", int8" if settings["int8"] else ""}
 
 {name} with {settings["length"]} positions and attention that reads {settings["window"]} tokens on each side and the
-first {settings["sinks"]}. Time and memory grow linearly with the length. No weight was trained: the learned positions
-were tiled, and the plan is in config.json.
+first {settings["sinks"]}.{_INT8 if settings["int8"] else ""} Time and memory grow linearly with the length. No weight
+was trained: the learned positions were tiled, and the plan is in config.json.
 
-    pip install hf_tfast
+    pip install {'"hf_tfast[int8]"' if settings["int8"] else "hf_tfast"}
 
 With sentence-transformers:
 

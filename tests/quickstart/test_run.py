@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from hf_tfast import FastPlan
+from hf_tfast import FastPlan, Int8
+from hf_tfast.feed_forward.int8 import int8_layer
 from hf_tfast.quickstart import pipeline, run
 from hf_tfast.quickstart.encoder import demo_folder, load_encoder
 from hf_tfast.quickstart.report import verdicts
@@ -65,11 +66,29 @@ def test_the_saved_model_is_fast_and_was_reloaded_bit_for_bit(done):
     model = AutoModel.from_pretrained(out / "model")
     assert isinstance(model.config.quantization_config, FastPlan)
     assert model.config.quantization_config.attention.window == 8
+    assert model.config.quantization_config.feed_forward == Int8()
+    assert "hf_tfast[int8]" in (out / "model" / "README.md").read_text()
     assert model.config.max_position_embeddings == 128
     modules = json.loads((out / "model" / "modules.json").read_text())
     assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling", "Normalize"]
     assert json.loads((out / "model" / "sentence_bert_config.json").read_text())["max_seq_length"] == 128
     assert "library_name: sentence-transformers" in (out / "model" / "README.md").read_text()
+
+
+def test_without_int8(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "check_reload", lambda *given: {"equal": True, "largest_difference": 0.0,
+                        "tokens": [1], "sentence_transformers": None})  # fmt: skip
+    run(tmp_path / "x", **tiny, int8=False)
+    assert AutoModel.from_pretrained(tmp_path / "x" / "model").config.quantization_config.feed_forward is None
+    assert "int8" not in (tmp_path / "x" / "model" / "README.md").read_text()
+
+
+def test_int8_without_its_package_is_refused_at_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "int8_layer", int8_layer.__wrapped__)  # the class may be there already
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"hf_tfast\[int8\]"):
+        run(tmp_path / "x", **tiny)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_without_the_import_cannot_run_it_densely(done):
@@ -82,9 +101,9 @@ def test_a_process_without_the_import_cannot_run_it_densely(done):
 
 def test_a_difference_after_reloading_is_seen(tiny, tmp_path, monkeypatch):
     def spoiled(encoder, folder):
-        encoder.model.encoder.layer[0].output.dense.bias.data.add_(1e-3)
+        encoder.model.encoder.layer[0].output.LayerNorm.bias.data.add_(1e-3)
         real(encoder, folder)
-        encoder.model.encoder.layer[0].output.dense.bias.data.sub_(1e-3)
+        encoder.model.encoder.layer[0].output.LayerNorm.bias.data.sub_(1e-3)
 
     real = pipeline.save_encoder
     monkeypatch.setattr(pipeline, "save_encoder", spoiled)

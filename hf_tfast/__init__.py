@@ -55,6 +55,8 @@ _HOMES = {
         "TFastSeq2SeqModel",
         "TFastSeq2SeqPreTrainedModel",
     ),
+    "hf_tfast.parallel.pipeline": ("Pipeline",),
+    "hf_tfast.parallel.sequence": ("SequenceParallel",),
     "hf_tfast.planner": ("propose_plan",),
     "hf_tfast.positions": ("extend_positions",),
 }

@@ -74,6 +74,8 @@ class DistillationTrainer(Trainer):
         if evaluation is not None:
             options = {"eval_dataset": evaluation.rows, "data_collator": collate, **options}
         _check_rows(options.get("train_dataset"), inner(model), options.get("data_collator"))
+        args = TrainingArguments("trainer_output") if args is None else args
+        _for_processes(args, objective)
         super().__init__(model=model, args=args, **options)
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs in one process: start one process each, with accelerate launch or torchrun")
@@ -101,7 +103,6 @@ class DistillationTrainer(Trainer):
         try:
             if isinstance(self.work, Layerwise):
                 self._train_only(self.work.trained())
-                self._check_alone()
             else:
                 self.work.attach()
             return super().train(*given, **options)
@@ -222,13 +223,6 @@ class DistillationTrainer(Trainer):
         names = [name for name, p in student.named_parameters() if p.requires_grad]
         return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}" if names else "all are frozen"
 
-    def _check_alone(self) -> None:
-        alone = isinstance(self.work, Layerwise) and self.work.objective.one_at_a_time
-        if alone and self.args.world_size > 1 and not self.args.ddp_find_unused_parameters:
-            raise ValueError(
-                "layers one at a time in several processes: set ddp_find_unused_parameters=True, or train all at once"
-            )
-
     def _check_size(self) -> None:
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None  # type: ignore[arg-type]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -266,7 +260,7 @@ class _Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = [(n, p) for n, p in kwargs["model"].named_parameters() if p.requires_grad]
         missing = [name for name, p in named if p.grad is None]
-        if self.every and missing and not args.ddp_find_unused_parameters:
+        if self.every and missing:
             raise ValueError(
                 f"{len(missing)} parameters train but never reach the loss, {missing[0]} for one: name others "
                 "(LayerMatching(train=...)), or freeze them"
@@ -312,6 +306,17 @@ def _check_pair(model: Any, teacher: Any, model_init: Any) -> PreTrainedModel | 
                 "student learns; load it again, or copy.deepcopy it"
             )
     return teacher
+
+
+def _for_processes(args: TrainingArguments, objective: LayerMatching | LogitMatching) -> None:
+    """Data parallelism must not look for unused parameters in outputs: distillation takes more than these."""
+    if args.world_size == 1:
+        return
+    if isinstance(objective, LayerMatching) and objective.one_at_a_time:
+        raise ValueError("layers go one at a time in one process: others wait for gradients of all that train")
+    if args.ddp_find_unused_parameters:
+        raise ValueError("leave ddp_find_unused_parameters out: outputs do not show what distillation uses")
+    args.ddp_find_unused_parameters = False  # Trainer would switch it on
 
 
 def _with_lora(model: Any, lora: Any) -> Any:

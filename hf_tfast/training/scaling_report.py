@@ -111,7 +111,8 @@ def table(results: Record) -> str:
     lines = ["# Averaging weights seldom and late; threads and processes", ""]
     lines += _averages(results["averages"]) if "averages" in results else []
     lines += _shares(results["shares"]) if "shares" in results else []
-    return "\n".join([*lines, f"`{results['command']}`", "", describe(results["environment"]), ""])
+    lines += [f"`{command}`" for command in results["commands"]]
+    return "\n".join([*lines, "", describe(results["environment"]), ""])
 
 
 def _averages(found: list[Record]) -> list[str]:
@@ -167,7 +168,9 @@ def main() -> None:
     if given.only != "averages":
         results["shares"] = measure_shares(given.timed_steps, given.rounds)
     results["environment"] = environment()
-    results["command"] = "python -m hf_tfast.training.scaling_report --out docs/results/parallel"
+    name = "python -m hf_tfast.training.scaling_report"
+    command = " ".join([name, *sys.argv[1:]])
+    results["commands"] = [*results.get("commands", []), command] if given.only else [command]
     with new_folder(given.out, overwrite=given.only is not None, mark="results.json") as working:
         (working / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (working / "table.md").write_text(table(results), encoding="utf-8")

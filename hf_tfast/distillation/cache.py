@@ -28,6 +28,8 @@ __all__ = ["CachedTeacher", "cache_logits"]
 
 INDEX, VERSION = "index.json", 1
 TENSORS = ("indices", "logs", "rest")
+SHARD = 2**18  # tokens of a file, about
+DTYPE = torch.float16  # of the log probabilities, which it rounds by about 0.05 %
 READ = ("input_ids", "position_ids", "token_type_ids")  # what a row's logits depend on
 
 
@@ -60,14 +62,11 @@ def cache_logits(
     k: int = 64,
     temperature: float = 1.0,
     batch: int = 1,
-    shard: int = 2**18,
-    dtype: torch.dtype = torch.float16,
     overwrite: bool = False,
 ) -> "CachedTeacher":
     """Run the teacher over a data set and keep its top-k logits in `folder`, which appears whole or not at all.
 
-    collate  rows -> a batch with input_ids, as for training. shard: tokens of a file, about. dtype: of the log
-             probabilities; fp16 rounds them by about 0.05 %.
+    collate  rows -> a batch with input_ids, as for training.
     """
     if not len(rows):
         raise ValueError("there are no rows to cache logits of")
@@ -84,11 +83,11 @@ def cache_logits(
                     index[digest] = [shards, tokens, int(valid.sum())]
                     held.append(top_logits(logits[n][valid], k, temperature))
                     tokens += index[digest][2]
-            if tokens >= shard:
-                _write(working, shards, held, dtype)
+            if tokens >= SHARD:
+                _write(working, shards, held, DTYPE)
                 shards, tokens, held = shards + 1, 0, []
         if held:
-            _write(working, shards, held, dtype)
+            _write(working, shards, held, DTYPE)
         about = {
             "version": VERSION,
             "k": min(k, logits.shape[-1]),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["Shared", "set_sequence", "sequence_of"]
+__all__ = ["Shared", "sequence_of", "set_sequence"]
 
 _SEQUENCE = "_tfast_sequence"
 

@@ -206,20 +206,12 @@ def test_an_int8_teacher(tmp_path):
         assert math.isfinite(done.state.log_history[0]["loss"])
 
 
-def test_a_cached_teacher(tmp_path):
+def test_a_cached_teacher(tmp_path, monkeypatch):
     """The same training without the teacher: losses to the precision of the cache; other rows are refused."""
     teacher, rows = llama(), Rows()
-    cached = cache_logits(
-        teacher,
-        rows,
-        tmp_path / "cache",
-        collate=collate,
-        k=6,
-        temperature=2.0,
-        batch=3,
-        shard=20,
-        dtype=torch.float32,
-    )
+    monkeypatch.setattr("hf_tfast.distillation.cache.SHARD", 20)
+    monkeypatch.setattr("hf_tfast.distillation.cache.DTYPE", torch.float32)
+    cached = cache_logits(teacher, rows, tmp_path / "cache", collate=collate, k=6, temperature=2.0, batch=3)
     assert len(list((tmp_path / "cache").glob("shard-*"))) > 1
     losses = []
     for their, objective in ((teacher, LogitMatching(top=6, temperature=2.0)), (cached, LogitMatching())):

@@ -155,13 +155,15 @@ def test_quickstart_hands_on_its_options(tfast, monkeypatch, tmp_path):
         return {"folder": tmp_path / "x"}
 
     monkeypatch.setattr(quickstart, "run", run)
-    code, out, _ = tfast("quickstart", "--length", 1024, "--seconds", 0, "--out", "there", "--dtype", "bfloat16")
+    options = ("--length", 1024, "--seconds", 0, "--out", "there", "--dtype", "bfloat16", "--no-int8")
+    code, out, _ = tfast("quickstart", *options)
     assert (code, out) == (0, "a table\n")
     assert (str(given.pop("out")), given.pop("length"), given.pop("seconds"), given.pop("dtype")) == (
         "there", 1024, 0.0, "bfloat16",
     )  # fmt: skip
-    assert given == {"model": None, "corpus": None, "window": 128, "sinks": 4}
+    assert given == {"model": None, "corpus": None, "window": 128, "sinks": 4, "int8": False}
     code, out, err = tfast("quickstart", "--json")
+    assert given["int8"]
     assert json.loads(out) == {"folder": str(tmp_path / "x")}
     assert "a table" in err
 

@@ -8,10 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import BertConfig, BertModel
 
-from hf_tfast import FastPlan, TFastConfig, TFastForCausalLM, TFastForMaskedLM, Window, apply_plan, cli, model_card
+from hf_tfast import (
+    FastPlan,
+    Int8,
+    TFastConfig,
+    TFastForCausalLM,
+    TFastForMaskedLM,
+    Window,
+    apply_plan,
+    cli,
+    model_card,
+)  # fmt: skip
 from hf_tfast.benchmarking.environment import environment
 from hf_tfast.hub.folder import skeleton, write_card
 from tests.integration.tiny_models import tiny
@@ -232,3 +244,18 @@ def test_the_card_of_a_model_that_a_recipe_trained(tmp_path):
     assert "dense()" not in alone
     with pytest.raises(ValueError, match="another model"):
         write_card(tmp_path / "out/dense/model", license="mit", results=[place])
+
+
+def test_a_card_of_int8_feed_forwards(tmp_path):
+    """The folder's weights are not read, and a model on the meta device cannot be checked or fused."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    plan = FastPlan(attention=Window(window=8), feed_forward=Int8())
+    apply_plan(BertModel(config).eval(), plan).save_pretrained(tmp_path / "fast")
+    text = write_card(tmp_path / "fast", license="mit").read_text()
+    assert '"form": "int8"' in text
+    (tmp_path / "fast" / "model.safetensors").unlink()
+    assert write_card(tmp_path / "fast", license="mit", overwrite=True).read_text() == text

@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from ..training.trainer import Clock, Diverged, Watch
+from ..training.trainer import Clock, Watch, not_finite
 from .encoder_rows import Rows, TextEncoder, collate
 from .losses import embedding_cosine
 
@@ -221,11 +221,7 @@ class EncoderTrainer(Trainer):
     def training_step(self, *given: Any, **options: Any) -> Tensor:
         loss = super().training_step(*given, **options)
         if not math.isfinite(float(loss)):
-            raise Diverged(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}: the training has diverged and "
-                f"was stopped; lower --learning_rate (now {self.args.learning_rate}) or raise --temperature. The last "
-                f"good checkpoint, if one was saved, is in {self.args.output_dir}"
-            )
+            raise not_finite("the loss", float(loss), self.state, self.args)
         return loss
 
     def evaluate(

@@ -132,7 +132,8 @@ def _facts(model: PreTrainedModel, name: str, choice: dict[str, Any], metadata: 
     attention = choice.get("attention") or choice.get("quantization_config", {}).get("attention")
     base = metadata.get("base_model") or []
     names = [name, *([base] if isinstance(base, str) else base)]
-    return Facts(attention or {"mechanism": "dense"}, _dicts(attention), names, model.num_parameters())
+    forms = choice.get("feed_forward") or choice.get("quantization_config", {}).get("feed_forward")
+    return Facts(attention or {"mechanism": "dense"}, _dicts(attention), names, model.num_parameters(), forms)
 
 
 def _dicts(attention: Any) -> list[dict[str, Any]]:

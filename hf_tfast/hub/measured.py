@@ -29,7 +29,8 @@ FILES = ("results.json", "results.jsonl", "metrics.json")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file must agree with. `attention`: the plan's or config's, as saved; `names`: of the model and its base.
+    """What a file must agree with. `attention` and `feed_forward`: the plan's or config's, as saved (no feed-forward:
+    None); `names`: of the model and its base.
 
     mechanisms   every mechanism that self-attention runs, as its dict.
     """
@@ -38,6 +39,7 @@ class Facts:
     mechanisms: list[Record]
     names: list[str]
     parameters: int
+    feed_forward: Any = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,7 @@ def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _quickstart(content: Record, facts: Facts, path: Path) -> Measured:
     settings, corpus = content["settings"], content["corpus"]
     _check_name(settings["model"], facts, path)
-    if settings["plan"]["attention"] != facts.attention:
-        raise ValueError(
-            f"{path} was measured with {settings['plan']['attention']}, this model runs {facts.attention}"
-        )
+    _check_plan(settings["plan"], facts, path)
     documents = _rows(
         ("whole documents", "MRR", "recall@1", "documents/s", "peak memory"),
         [
@@ -170,14 +169,18 @@ def _quickstart(content: Record, facts: Facts, path: Path) -> Measured:
                     figures)  # fmt: skip
 
 
+def _check_plan(plan: Record, facts: Facts, path: Path) -> None:
+    """ValueError where a file was measured with other attention or other feed-forwards than the model runs."""
+    for name, runs in (("attention", facts.attention), ("feed_forward", facts.feed_forward)):
+        if plan.get(name) != runs:
+            raise ValueError(f"{path} was measured with {name}={plan.get(name)}, this model runs {name}={runs}")
+
+
 def _healing(content: Record, facts: Facts, path: Path) -> Measured:
     """Everybody's rankings on every corpus; the healed model's by its own queries are its figures."""
     training, quality = content["training"], content["quality"]["quality"]
     _check_name(training["model"], facts, path)
-    if training["plan"]["attention"] != facts.attention:
-        raise ValueError(
-            f"{path} was measured with {training['plan']['attention']}, this model runs {facts.attention}"
-        )
+    _check_plan(training["plan"], facts, path)
     speed = {row["key"]: row["documents_per_second"] for row in content["speed"]["speed"]}
     first = next(iter(quality.values()))["documents"]
     rows, figures = [], []

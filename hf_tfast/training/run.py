@@ -111,12 +111,23 @@ def _open(folder: Path, data: DataArguments, model: ModelArguments, args: Pretra
     settings = {"data": vars(data), "model": model.fields(), "training": args.fixed(), "two_way": two_way}
     if not model.compare:
         settings["attention"] = read_attention(model.attention)
+    enter(folder, settings, args, _forget_shares)
+
+
+def enter(
+    folder: Path, settings: Record, args: Any, forget: Callable[[Record, Record], None] = lambda before, now: None
+) -> None:
+    """Make the folder of a training with its `settings`, or enter the one that is to be resumed.
+
+    forget   changes both settings, earlier and present ones, where a difference does not matter.
+    Raises   FileExistsError for a folder that is in the way, ValueError naming every setting that differs.
+    """
     settings = json.loads(json.dumps(settings))
     if folder.exists() and args.resume_from_checkpoint:
         if not (folder / MARK).is_file():
             raise FileExistsError(f"{folder} holds no {MARK}, so there is no training in it to resume")
         before = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        _forget_shares(before, settings)
+        forget(before, settings)
         if differences := list(_differences(before, settings)):
             raise ValueError(f"{folder} holds another training, which cannot be resumed so: {'; '.join(differences)}")
         return

@@ -8,33 +8,10 @@ import torch
 
 from hf_tfast.backends import int8 as backend
 from hf_tfast.backends import native as compiled
-from hf_tfast.backends.int8 import ACTIVATIONS, Int8Product, _steps, int8_feed_forward, int8_linear
+from hf_tfast.backends.int8 import ACTIVATIONS, _steps, int8_feed_forward, int8_linear
 from hf_tfast.backends.int8_steps import Layer
 from hf_tfast.backends.native import CannotCompile
-from hf_tfast.testing import generator
-
-
-def random(*seed, size):
-    return torch.randn(size, generator=generator("int8", *seed))
-
-
-def product(o, i, *seed, threshold=6.0, bias=True):
-    weight = random("weight", *seed, size=(o, i))
-    return weight, Int8Product(
-        *Int8Product.quantise(weight), random("bias", *seed, size=(o,)) if bias else None, threshold
-    )
-
-
-def definition(x, p):
-    """LLM.int8 in fp64, pair by pair: round rows, multiply whole numbers, scale back; large columns as they are."""
-    x, scale = x.double(), p.scale.double()
-    large = (x.abs() >= p.threshold).any(0) if p.threshold else torch.zeros(x.shape[1], dtype=torch.bool)
-    small = x.masked_fill(large, 0)
-    s = small.abs().amax(1, keepdim=True)
-    codes = torch.where(s > 0, small * 127 / s, 0).round()
-    y = (codes @ p.codes.double().T) * s * scale / 127**2
-    y += x[:, large] @ (p.codes.double() * scale[:, None] / 127)[:, large].T
-    return y if p.bias is None else y + p.bias.double()
+from tests.feed_forward.int8_products import definition, product, random
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def test_everybody_computes_the_same_feed_forward(rival, shape):
     assert (error > 0) == (rival.name != "fp32")
     whole = sum(p.numel() for p in dense.parameters())
     share = {"fp32": 4, "bf16": 2, "bitsandbytes": 1, "torch dynamic int8": 1, "Int8": 1}.get(rival.name, 2)
-    assert 0.7 * share * whole < built.bytes < (1 if share > 1 else 1.4) * share * whole + 600
+    least = 0.7 if rival.name.startswith("TensorTrain") else 0.9  # ranks are whole numbers: tiny chains are shorter
+    assert least * share * whole < built.bytes < (1 if share > 1 else 1.4) * share * whole + 600
 
 
 @pytest.mark.slow

@@ -259,3 +259,19 @@ def test_a_card_of_int8_feed_forwards(tmp_path):
     assert '"form": "int8"' in text
     (tmp_path / "fast" / "model.safetensors").unlink()
     assert write_card(tmp_path / "fast", license="mit", overwrite=True).read_text() == text
+
+
+def test_the_quick_start_s_figures_are_those_of_its_whole_plan(tmp_path):
+    """With the same attention, figures of int8 feed-forwards do not go on a card of dense ones, nor the other way."""
+    results = ROOT / "docs/results/quickstart/results.json"
+    content = json.loads(results.read_text())
+    attention = Window(window=content["settings"]["window"], sinks=content["settings"]["sinks"])
+    model = apply_plan(tiny("bert"), FastPlan(attention=attention))
+    given = {"license": "mit", "base_model": content["settings"]["model"]}
+    assert content["settings"]["plan"]["feed_forward"]["form"] == "int8"
+    with pytest.raises(ValueError, match="was measured with feed_forward="):
+        model_card(model, "x", results=[results], **given)
+    content["settings"]["plan"].pop("feed_forward")
+    other = tmp_path / "results.json"
+    other.write_text(json.dumps(content))
+    assert "Finding long documents" in model_card(model, "x", results=[other], **given).content

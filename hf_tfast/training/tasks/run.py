@@ -8,7 +8,6 @@ output_dir/LABEL/checkpoints/
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from copy import copy
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ...benchmarking.environment import environment
-from ...benchmarking.folder import check_new, new_folder
+from ...benchmarking.folder import new_folder
 from ..guards import check_launch
-from ..run import DONE, MARK, _checkpoint, _differences, write_json
+from ..run import DONE, _checkpoint, enter, write_json
 from ._base import Task
 from .arguments import TaskDataArguments, TaskModelArguments, TaskTrainingArguments
 from .examples import Examples
@@ -144,21 +143,7 @@ def _some(rows: list[Row], most: int | None, seed: int) -> list[Row]:
 def _open(folder: Path, task: Task, data: Any, model: Any, args: TaskTrainingArguments) -> None:
     """Make the folder, or enter the one that is to be resumed. Errors say what differs or what is in the way."""
     kept = {name: value for name, value in args.to_dict().items() if name in FIXED}
-    settings = json.loads(json.dumps({"task": task.name, "data": vars(data), "model": vars(model), "training": kept}))
-    if folder.exists() and args.resume_from_checkpoint:
-        if not (folder / MARK).is_file():
-            raise FileExistsError(f"{folder} holds no {MARK}, so there is no training in it to resume")
-        before = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        if differences := list(_differences(before, settings)):
-            raise ValueError(f"{folder} holds another training, which cannot be resumed so: {'; '.join(differences)}")
-        return
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-    check_new(folder, args.overwrite, MARK)
-    if folder.exists():
-        shutil.rmtree(folder)
-    with new_folder(folder, mark=MARK) as working:
-        write_json(settings, working / MARK)
+    enter(folder, {"task": task.name, "data": vars(data), "model": vars(model), "training": kept}, args)
 
 
 def _rewritten(task: Task, rows: list[Row], rewrite: Callable[..., Iterable[str]], kept: Path) -> list[Row]:

@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Seq2Seq
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..trainer import Clock, Diverged, Watch
+from ..trainer import Clock, Watch, not_finite
 from ._base import Task
 from .arguments import TaskTrainingArguments
 from .batches import GrowingBatches
@@ -72,11 +72,7 @@ class TaskTrainer(Seq2SeqTrainer):
     def training_step(self, *given: Any, **options: Any) -> Tensor:
         loss = super().training_step(*given, **options)
         if not math.isfinite(float(loss)):
-            raise Diverged(
-                f"the loss became {float(loss)} at step {self.state.global_step + 1}: the training was stopped; lower "
-                f"--learning_rate (now {self.args.learning_rate}) or raise --warmup_steps. The last good checkpoint, "
-                f"if one was saved, is in {self.args.output_dir}"
-            )
+            raise not_finite("the loss", float(loss), self.state, self.args)
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...benchmarking.environment import describe
+from ...benchmarking.environment import busy, describe
 from ._base import Task
 
 __all__ = ["table", "write_report"]
@@ -27,14 +27,17 @@ def write_report(task: Task, records: Sequence[Record], folder: Path) -> None:
 def table(task: Task, records: Sequence[Record]) -> str:
     """Markdown: a row a model; below it what was trained on what, on which machine, by which command."""
     shown = [name for name in ("loss", *task.shown) if any(f"test_{name}" in r["test"] for r in records)]
-    columns = ["model", "parameters", *shown, "steps", "training s", "evaluation s"]
+    timed = ["tokens/s", "peak MiB"] if all("speed" in r for r in records) else []
+    columns = ["model", "parameters", *shown, "steps", "training s", "evaluation s", *timed]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     for r in records:
         cells = [named(r), f"{r['parameters']:,}"]
         cells += [_figure(name, r["test"].get(f"test_{name}")) for name in shown]
         cells += [str(r["steps"]), f"{r['training_seconds']:.0f}", f"{r['test'].get('test_runtime', 0):.0f}"]
+        if timed:
+            cells += [f"{r['speed']['tokens_per_second']:,.0f}", f"{r['speed']['peak_bytes'] / 2**20:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_foot(task, records)])
+    return "\n".join([*lines, "", *_foot(task, records), *(_speed(records) if timed else [])])
 
 
 def _figure(name: str, value: float | None) -> str:
@@ -58,6 +61,18 @@ def named(record: Record) -> str:
 
 def _listed(forward: Any) -> list[Any]:
     return [] if forward is None else forward if isinstance(forward, list) else [forward]
+
+
+def _speed(records: Sequence[Record]) -> list[str]:
+    first = records[0]["speed"]
+    machine = first["environment"]
+    warning = busy(machine)
+    return [
+        f"tokens/s, peak MiB: forwards of all models in turns, medians of {len(first['seconds'])}, on the longest "
+        f"test examples, {first['tokens']:,} tokens in batches of {first['batch']}; memory of the first batch. "
+        f"{describe(machine)}." + (f" Warning: {warning}." if warning else ""),
+        f"Command: `{machine['command']}`",
+    ]
 
 
 def _foot(task: Task, records: Sequence[Record]) -> list[str]:

@@ -30,6 +30,8 @@ class Suite:
     prepare      records that a case needs beside its timings and that the ledger does not hold yet.
     markdown     the tables of its records. draw: its PNG plots, from records, into a folder, with a subtitle.
     patience     seconds of samples of one entry; a slower call is made once.
+    passes       those that it has. rounds: samples of an entry at most, unless the run says another number.
+    turn         samples that an entry takes in a row. sample: as in Meter.
     """
 
     name: str
@@ -41,12 +43,17 @@ class Suite:
     content: str = "normal"
     patience: float = 4.0
     level: str = "module"
+    passes: tuple[str, ...] = PASSES
+    rounds: int = 5
+    turn: int = 1
+    sample: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """How a suite is run.
 
+    passes    None: all that the suite has. rounds: None, as many as the suite says.
     seconds   an entry whose single call would take longer is skipped, and says so.
     minutes   no race is begun after so many; the suite can be continued with `resume`.
     """
@@ -56,15 +63,15 @@ class Run:
     plots: bool = True
     lengths: Sequence[int] = LENGTHS
     dtypes: Sequence[str] = ("fp32", "bf16")
-    passes: Sequence[str] = PASSES
-    rounds: int = 5
+    passes: Sequence[str] | None = None
+    rounds: int | None = None
     seconds: float = 60.0
     minutes: float | None = None
     base: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in (("dtypes", DTYPES), ("passes", PASSES)):
-            if unknown := [x for x in getattr(self, name) if x not in known]:
+            if unknown := [x for x in getattr(self, name) or () if x not in known]:
                 raise ValueError(f"{name} must be of {', '.join(known)}, got {unknown[0]!r}")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths must be at least 1, got {list(self.lengths)}")
@@ -72,8 +79,12 @@ class Run:
 
 def races(suite: Suite, run: Run) -> list[Case]:
     """The cases of a suite, short ones first, so that what is there after an interruption is whole in itself."""
-    base = {"level": suite.level, "content": suite.content, **run.base}
-    order = product(sorted(run.lengths), run.dtypes, run.passes, suite.causal)
+    base, passes = {"level": suite.level, "content": suite.content, **run.base}, run.passes or suite.passes
+    if lacking := [x for x in passes if x not in suite.passes]:
+        raise ValueError(
+            f"the suite {suite.name} has {', '.join(suite.passes)} alone; leave out --passes {lacking[0]}"
+        )
+    order = product(sorted(run.lengths), run.dtypes, passes, suite.causal)
     return [Case(length=n, dtype=t, passes=p, causal=c, **base) for n, t, p, c in order]
 
 
@@ -82,13 +93,15 @@ def conduct(suite: Suite, run: Run, report: Report) -> tuple[Path, list[Record]]
     if run.plots:
         need_matplotlib()
     cases, folder = races(suite, run), run.out or fresh_name(f"bench-{suite.name}")
-    about = {"suite": suite.name, "rounds": run.rounds, "patience": suite.patience}
+    rounds = suite.rounds if run.rounds is None else run.rounds
+    about = {"suite": suite.name, "rounds": rounds, "patience": suite.patience}
     ledger = resume(folder, about) if run.resume else begin(folder, about)
     machine = {"kind": "environment", **environment()}
     report(describe_machine(machine))
     if warning := busy(machine):
         report(warning)
-    meter = Meter(rounds=run.rounds, seconds=run.seconds, patience=suite.patience, baseline=3, report=report)
+    meter = Meter(rounds=rounds, seconds=run.seconds, patience=suite.patience, baseline=3, report=report,
+                  turn=suite.turn, sample=suite.sample)  # fmt: skip
     _remember(meter, ledger)
     done = [_case(r) for r in ledger.of("timing")]
     began, told = time.monotonic(), False

@@ -70,7 +70,15 @@ class Timing:
         first, third = self.quartiles
         line |= {"seconds": self.median, "quartiles": [first, third], "samples": list(self.samples)}
         line |= {"repeats": self.repeats, "speedup": self.speedup}
+        if self.repeats == 1 and len(self.samples) >= 100:
+            line["p99"] = percentile(self.samples, 99)
+            line["samples"] = [round(x, 7) for x in self.samples]  # there are many
         return {**line, "peak_bytes": self.peak and self.peak.bytes, "peak_method": self.peak and self.peak.method}
+
+
+def percentile(samples: Sequence[float], part: int) -> float:
+    """The smallest sample that `part` hundredths of them do not exceed."""
+    return sorted(samples)[math.ceil(len(samples) * part / 100) - 1]
 
 
 @dataclass
@@ -128,6 +136,8 @@ class Meter:
     seconds   a competitor is skipped where one call would take longer.
     patience  seconds of samples that a competitor gets in one case, `seconds` where not given; one call in any case.
     baseline  samples of SDPA at least: every speed-up rests on them.
+    turn      samples that a competitor takes in a row, before the next one's turn.
+    sample    seconds that a sample lasts at least, by repeating the call; SAMPLE where not given, 0: a single call.
     """
 
     rounds: int = 7
@@ -135,6 +145,8 @@ class Meter:
     patience: float | None = None
     baseline: int = 1
     report: Report = lambda text: None  # noqa: E731
+    turn: int = 1
+    sample: float | None = None
     forecasts: dict[tuple[Case, str], Forecast] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -199,9 +211,9 @@ def _race(case: Case, competitors: Sequence[Competitor], forecasts: dict[str, Fo
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for turn in range(meter.rounds):
+        for turn in range(math.ceil(meter.rounds / meter.turn)):
             for runner in runners[turn % max(len(runners), 1) :] + runners[: turn % max(len(runners), 1)]:
-                if len(runner.samples) < runner.allowed:
+                for _ in range(min(meter.turn, runner.allowed - len(runner.samples))):
                     runner.samples.append(_sample(runner.call, runner.repeats, case.device))
     finally:
         if collecting:
@@ -237,7 +249,7 @@ def _try(case: Case, who: Competitor, forecast: Forecast, meter: Meter, inputs: 
             raise
         return f"out of memory: {str(error).splitlines()[0]}"
     forecast.add(case.length, single, peak.bytes)
-    repeats = max(1, math.ceil(SAMPLE / single))
+    repeats = max(1, math.ceil((SAMPLE if meter.sample is None else meter.sample) / single))
     return _Runner(
         who, call, repeats, meter.allowed(who, single * repeats), peak, [single] if single >= NO_WARM_UP else []
     )

@@ -83,6 +83,14 @@ def _foot(teacher: Record, records: Sequence[Record]) -> list[str]:
     data, final, first = teacher["data"], teacher["final"], records[0]
     training = first["training"]
     shares = ", ".join(f"{final[f'eval_share_{name}']:.1%} {name}" for name in ("near", "far", "new"))
+    sharp = teacher.get("sharpness")
+    attends = [
+        "Teacher's attention, by layer: a query divides it among "
+        + ", ".join(f"{one['keys']:.1f}" for one in sharp)
+        + " keys (exp of entropy); mean scale |q|^2 and scale |k|^2 "
+        + ", ".join(f"{one['norm']:.0f}" for one in sharp)
+        + "."
+    ] if sharp else []  # fmt: skip
     return [
         f"Losses are nats per token on {final['eval_targets']:,.0f} targets of held-out documents, in sequences of "
         f"{data['length']}. Far: the token last occurred in the same document more than {data['far']} tokens ago; "
@@ -92,6 +100,7 @@ def _foot(teacher: Record, records: Sequence[Record]) -> list[str]:
         f"{training['labels_weight']:g}, {training['max_steps']} steps; steps of "
         f"{training['per_device_train_batch_size'] * training['gradient_accumulation_steps'] * training['world_size']}"
         f" sequences. Mixed precision: {training['mixed_precision']}. Teacher: {teacher['parameters']:,} parameters.",
+        *attends,
         "Seconds are of training steps, teacher included. tokens/s: one forward of a held-out sequence, medians of "
         "calls in turns.",
         f"Machine: {describe(first['environment'])}; processor in use by others before: "

@@ -28,6 +28,7 @@ from .arguments import DistillationArguments, StudentArguments
 from .cache import INDEX, CachedTeacher, cache_logits
 from .layerwise import LayerMatching
 from .report import speeds, write_report
+from .sharpness import sharpness
 from .students import fast_copy, load_teacher, smaller
 from .trainer import DistillationTrainer
 
@@ -231,6 +232,7 @@ def _teacher_record(teacher: PreTrainedModel, data: Data, folder: Path, args: Di
         "attention": getattr(config, "attention", None) or {"mechanism": "dense"},
         "final": Sums.of(sums.tensor()).metrics(),
         "parameters": teacher.num_parameters(),
+        "sharpness": sharpness(teacher, collate([data.evaluation.rows[0]])["input_ids"]),
         "data": data.report,
     }
     write_json(record, path)

@@ -102,8 +102,13 @@ def _facts(name: str, table: dict[str, Any]) -> str:
     return f"{name}: {table['count']} documents of {table['mean_tokens']:.0f} tokens read, {table['queries']} queries."
 
 
+def _scores(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """Evaluations while healing, one a step: a training that is resumed evaluates where it was stopped once more."""
+    return list({h["step"]: h for h in training["history"] if "eval_mrr" in h}.values())
+
+
 def _training(training: dict[str, Any]) -> str:
-    scores = [h for h in training["history"] if "eval_mrr" in h]
+    scores = _scores(training)
     curve = ", ".join(f"{h['eval_mrr']:.3f} at step {h['step']}" for h in scores)
     return (
         f"Training: {training['steps']} steps in {training['seconds'] / 60:.1f} minutes, seed {training['seed']}, "
@@ -123,7 +128,7 @@ def draw(stages: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     quality, speed = stages["quality"]["quality"], {row["key"]: row for row in stages["speed"]["speed"]}
-    scores = [h for h in stages["training"]["history"] if "eval_mrr" in h]
+    scores = _scores(stages["training"])
     figure = Figure(figsize=(4.4 * (len(quality) + bool(scores)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for n, (name, table) in enumerate(quality.items()):

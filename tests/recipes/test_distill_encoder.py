@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from hf_tfast import Window
 from hf_tfast.quickstart.healing import trainable
+from hf_tfast.quickstart.healing_report import _scores
 from tests.quickstart.tiny_encoder import WORDS, save_tiny_corpus, save_tiny_encoder
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill_encoder.py"
@@ -101,3 +102,9 @@ def test_arguments_that_mean_nothing(recipe, given, tmp_path, more, words):
 def test_more_layers_than_there_are(given):
     with pytest.raises(ValueError, match="has 2 layers"):
         trainable(AutoModel.from_pretrained(given[0] / "model"), "last:3")
+
+
+def test_an_evaluation_that_a_resumption_repeats_counts_once():
+    again = [{"step": 0, "eval_mrr": 0.5}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_mrr": 0.6}]
+    scores = _scores({"history": [*again, {"step": 2, "eval_mrr": 0.6}, {"step": 4, "eval_mrr": 0.4}]})
+    assert [(one["step"], one["eval_mrr"]) for one in scores] == [(0, 0.5), (2, 0.6), (4, 0.4)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.block_store import BlockStore
 from ..backends.growing import Lengths, longest, positions
-from ..backends.key_blocks import best
+from ..backends.key_blocks import best, tied
 from ..backends.rows import group
 from ..backends.score import Score
 from ._base import Mechanism
@@ -139,13 +139,13 @@ class Stepped(Mechanism):
 
 
 def largest(scores: Tensor, count: int) -> Picked:
-    """The `count` blocks with the largest scores [b h n], ties to the earlier; -inf is never among them."""
+    """The `count` blocks with the largest scores [b h n], `tied` ones by the earlier; -inf is never among them."""
     n = scores.shape[-1]
     if count >= n:
         live = scores > float("-inf")
         return Picked(torch.arange(n, device=scores.device).expand_as(scores), None if bool(live.all()) else live)
     values, blocks = scores.topk(count + 1, dim=-1)
-    if bool((values[..., -2] == values[..., -1]).any()):  # ties at the border, or rows with fewer blocks
+    if bool(tied(values[..., 0], values[..., -2], values[..., -1]).any()):  # or rows with fewer blocks
         return listed(best(scores, count))
     return Picked(blocks[..., :count])
 

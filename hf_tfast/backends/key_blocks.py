@@ -100,30 +100,41 @@ def in_blocks(k: Tensor, grid: Grid) -> Tensor:
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Bool like `scores` [.. n]: the k largest of each row, ties to the earlier; -inf is never among them."""
+    """Bool like `scores` [.. n]: the k largest of each row, `tied` ones by the earlier; -inf is never among them."""
     if k >= scores.shape[-1]:
         return scores > float("-inf")
-    cut, following = _border(scores, k)
-    cut = cut.clamp_min_(torch.finfo(scores.dtype).min)
+    top, cut, following = _border(scores, k)
     chosen = scores >= cut[..., None]
-    tied = cut <= following
-    if bool(tied.any()):
-        rows, cut = scores[tied], cut[tied][:, None]
-        above = rows > cut
-        equal = (rows == cut) & (rows > float("-inf"))
+    close = tied(top, cut, following)
+    if bool(close.any()):
+        rows, cut, slack = scores[close], cut[close][:, None], _slack(top, cut)[close][:, None]
+        above = rows > cut + slack
+        equal = (rows >= cut - slack) & ~above & (rows > float("-inf"))
         room = k - above.sum(-1, keepdim=True)
-        chosen[tied] = above | (equal & (equal.cumsum(-1) <= room))
+        chosen[close] = above | (equal & (equal.cumsum(-1) <= room))
     return chosen
 
 
-def _border(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[..], [..]: the k-th and the next largest of each row [.. n], k < n."""
-    n = scores.shape[-1]
+def tied(top: Tensor, cut: Tensor, following: Tensor) -> Tensor:
+    """Are the k-th score and the next one as good as equal, in rows whose largest is `top`? Equal keys have equal
+    scores up to rounding, which differs between a pass over many queries and a step: what it decides is no choice."""
+    return cut - _slack(top, cut) <= following
+
+
+def _slack(top: Tensor, cut: Tensor) -> Tensor:
+    return torch.maximum(top.abs(), cut.abs()) * (64 * torch.finfo(cut.dtype).eps)
+
+
+def _border(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[..] each: the largest, the k-th and the next of each row [.. n], k < n; the first two no less than the least
+    number, so that -inf lies below them."""
+    n, least = scores.shape[-1], torch.finfo(scores.dtype).min
     if scores.device.type != "cpu" or type(scores) is not Tensor or torch.compiler.is_compiling():
         values = scores.topk(k + 1, dim=-1).values
-        return values[..., -2], values[..., -1]
+        return values[..., 0].clamp_min(least), values[..., -2].clamp_min(least), values[..., -1]
     split = torch.from_numpy(np.partition(scores.numpy(), n - k - 1, axis=-1))  # several times as fast as torch's topk
-    return split[..., n - k :].amin(-1), split[..., n - k - 1]
+    low, high = split[..., n - k :].aminmax(dim=-1)
+    return high.clamp_min_(least), low.clamp_min_(least), split[..., n - k - 1]
 
 
 def over_queries(q: Tensor, n: int, rule: Callable[[Tensor, slice, Scratch], Tensor]) -> Tensor:

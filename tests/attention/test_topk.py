@@ -97,6 +97,26 @@ def test_ties_go_to_the_earlier_position(block):
     assert torch.equal(last, torch.tensor([*range(8), *([] if block == 1 else range(36, 40))]).expand(2, -1))
 
 
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("kinds", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_keys_are_chosen_alike_in_prefill_and_in_steps(block, kinds, dtype):
+    """Scores of equal keys differ by rounding, and not alike in a pass and in a step: none of that may decide."""
+    mechanism = TopK(k=24, block=block, window=block)
+    for n, length in enumerate((97, 130, 257, 391)):
+        g = generator("equal keys", block, kinds, n)
+        some = torch.randn(1, 2, kinds, 64, dtype=dtype, generator=g)
+        which = torch.randint(kinds, (length // 8 + 1,), generator=g).repeat_interleave(8)[:length]
+        q = torch.randn(1, 4, length, 64, dtype=dtype, generator=g)
+        k, v = some[:, :, which], torch.randn(1, 2, length, 16, dtype=dtype, generator=g)
+        whole = attend(q, k, v, mechanism, Mask(causal=True))[:, :, -1:]
+        assert_near(attend(q[:, :, -1:], k, v, mechanism, Mask(causal=True)), whole, "step", 1e-5)
+        store = mechanism.store()
+        if store is not None:
+            mechanism.remember(store, q, k, v, PLAIN, None)
+            assert_near(mechanism.resume(store, q[:, :, -1:], PLAIN, None), whole, "cached step", 1e-5)
+
+
 def test_decoding_reads_only_what_it_chose():
     """With the bounds kept from before, keys that were not chosen are not read at all: they may be anything."""
     mechanism, mask = TopK(k=32, block=16, window=4), Mask(causal=True)

@@ -161,7 +161,8 @@ def test_quickstart_hands_on_its_options(tfast, monkeypatch, tmp_path):
     assert (str(given.pop("out")), given.pop("length"), given.pop("seconds"), given.pop("dtype")) == (
         "there", 1024, 0.0, "bfloat16",
     )  # fmt: skip
-    assert given == {"model": None, "corpus": None, "window": 128, "sinks": 4, "int8": False}
+    assert given == {"model": None, "corpus": None, "plan": "window", "window": None, "sinks": None,
+                     "max_error": None, "int8": False}  # fmt: skip
     code, out, err = tfast("quickstart", "--json")
     assert given["int8"]
     assert json.loads(out) == {"folder": str(tmp_path / "x")}

@@ -26,6 +26,9 @@ def plan_model(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")] = "auto",
     rounds: Annotated[int, typer.Option(help="Timed calls of each candidate.")] = 5,
+    seconds: Annotated[
+        float | None, typer.Option(help="About what it may take; what was left out is said. All it needs by default.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     plots: Annotated[bool, typer.Option("--plot/--no-plot", help="PNG of error over speed-up.")] = True,
@@ -50,7 +53,7 @@ def plan_model(
     request = Request(
         model=model or str(demo_folder()), name=model or DEMO_NAME, texts=texts, corpus=source, length=length,
         max_error=max_error, rows=rows, mechanisms=mechanism, device=device, dtype=dtype, rounds=rounds,
-        training=training, out=out, overwrite=overwrite, plots=plots,
+        training=training, seconds=seconds, out=out, overwrite=overwrite, plots=plots,
     )  # fmt: skip
     with progress(as_json) as report:
         folder, proposal = plan_folder(request, report)

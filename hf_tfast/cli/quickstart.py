@@ -19,8 +19,18 @@ def quickstart(
         typer.Option(help='JSONL of {"document": text, "queries": [...]}; default: Python\'s documentation.'),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens that the dense and the fast model read.")] = 4096,
-    window: Annotated[int, typer.Option(help="Keys that a query reads on each side.")] = 128,
-    sinks: Annotated[int, typer.Option(help="First tokens that read and are read by everything.")] = 4,
+    plan: Annotated[
+        str, typer.Option(help="window, or auto: measured and chosen per layer, about two minutes more.")
+    ] = "window",
+    window: Annotated[
+        int | None, typer.Option(help="With --plan window, keys that a query reads on each side: 128.")
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="With --plan window, first tokens that read and are read by everything: 4.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="With --plan auto, budget of 1 - cosine with dense embeddings: 0.05.")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Int8 feed-forwards in the fast model.")] = True,
     seconds: Annotated[float, typer.Option(help="Training budget of each model; 0 leaves training out.")] = 60.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -29,9 +39,9 @@ def quickstart(
     """Make a real encoder fast on long documents, measure it against its rivals, save it and check it."""
     from ..quickstart import run
 
-    options: dict[str, Any] = {"model": model, "corpus": corpus, "length": length, "window": window, "sinks": sinks}
-    options["int8"] = int8
+    options: dict[str, Any] = {"model": model, "corpus": corpus, "length": length, "plan": plan, "window": window}
+    options |= {"sinks": sinks, "max_error": max_error, "int8": int8, "seconds": seconds, "dtype": dtype}
     with to_stderr(as_json):
-        result = run(out, **options, seconds=seconds, dtype=dtype)
+        result = run(out, **options)
     if as_json:
         print_json(result)

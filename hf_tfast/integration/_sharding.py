@@ -7,6 +7,7 @@ A dense layer down all-reduces over the hidden width instead. Pruned layers are 
 TensorTrain stay whole.
 """
 
+import re
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -26,12 +27,10 @@ def cut_factors(model: PreTrainedModel, plan: FastPlan, rules: dict[str, str]) -
 
     A rule speaks of all layers: where a plan leaves some feed-forwards dense, those stay whole on every process.
     """
-    from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-
     cut: dict[str, str] = {}
     for block, _ in planned_blocks(model, plan):
         for path in block.paths:
-            layer, name = block.get(path), replace_layer_number_by_wildcard(path)
+            layer, name = block.get(path), re.sub(r"\.\d+(\.|$)", r".*\1", path)
             if isinstance(layer, LowRankLinear | TensorTrainLinear) and (style := rules.pop(name, None)):
                 cut[name] = style
             if isinstance(layer, LowRankLinear) and (style := cut.get(name)):

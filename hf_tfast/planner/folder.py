@@ -25,6 +25,7 @@ class Request:
     length       tokens of a row; learned positions are extended to it.
     max_error    budget of the end error, see `propose_plan`.
     rows         of text: a third for layers, for the choice and for the last check each.
+    seconds      about what the measurements may take, see `propose_plan`.
     out          folder to make; None: a new one in runs/.
     """
 
@@ -40,6 +41,7 @@ class Request:
     dtype: str = "auto"
     rounds: int = 5
     training: bool = False
+    seconds: float | None = None
     out: Path | None = None
     overwrite: bool = False
     plots: bool = True
@@ -70,7 +72,7 @@ def plan_folder(request: Request, report: Callable[[str], None] = lambda text: N
     }  # fmt: skip
     found = propose_plan(
         model, batches, max_error=request.max_error, mechanisms=request.mechanisms, rounds=request.rounds,
-        training=request.training, report=report,
+        training=request.training, seconds=request.seconds, report=report,
     )  # fmt: skip
     with new_folder(target, overwrite=request.overwrite, mark=MARK) as folder:
         write(found, folder, about, request.plots)

@@ -77,7 +77,7 @@ def layer_times(
         able = [n for n, mechanism in enumerate(who) if mechanism.causal or not causal]
         report(f"times of {len(able)} candidates, {len(same)} layers like {call.stack} layer {call.layer}")
         runs = [_run(call, mechanism, both) for mechanism in (Dense(), *(who[n] for n in able))]
-        dense, *found = in_turns(runs, rounds, call.q.device)
+        dense, *found = in_turns(runs, rounds, call.q.device, give_up=1.5)
         seconds = [float("inf")] * len(who)
         for n, taken in zip(able, found, strict=True):
             seconds[n] = taken
@@ -130,15 +130,22 @@ def _run(call: Call, mechanism: Mechanism, both: bool) -> Callable[[], Any]:
     return run
 
 
-def in_turns(runs: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
-    """Median seconds of each, called by turns after one call that is not counted."""
+def in_turns(
+    runs: Sequence[Callable[[], Any]], rounds: int, device: torch.device, give_up: float = float("inf")
+) -> list[float]:
+    """Median seconds of each, called by turns after one call that is not counted. A run that takes more than `give_up`
+    times as long as the first one in the first counted turn is not called again."""
     taken: list[list[float]] = [[] for _ in runs]
+    racing = list(range(len(runs)))
     for turn in range(rounds + 1):
-        for n in [*range(turn % len(runs), len(runs)), *range(turn % len(runs))]:
+        at = turn % len(racing)
+        for n in racing[at:] + racing[:at]:
             began = _now(device)
             runs[n]()
             if turn:
                 taken[n].append(_now(device) - began)
+        if turn == 1:
+            racing = [n for n in racing if taken[n][0] <= give_up * taken[0][0]]
     return [median(samples) for samples in taken]
 
 

@@ -8,8 +8,11 @@
 4. The mix, the best single mechanism within the budget and the dense model, timed as whole models by turns: the
    fastest is proposed, so that a plan is never slower than the best single mechanism, and is dense where that is best.
 5. Its error on the last batches, which nothing was chosen by.
+
+Where time is short, single mechanisms that another one beats in time and in error of the layers are left out first.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -62,6 +65,7 @@ class Proposal:
     seconds        of the whole model with the plan, `dense_seconds` densely, `single_seconds` with the best
                    single mechanism within the budget (`single`; None where there is none), by turns in one run.
     slow           candidates that were slower than dense attention in every layer, with the time of all layers.
+    left_out       single mechanisms that were not tried in all layers at once, for want of time.
     """
 
     plan: FastPlan
@@ -76,6 +80,7 @@ class Proposal:
     layers: tuple[LayerChoice, ...]
     points: tuple[Point, ...]
     slow: tuple[tuple[str, float], ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -99,6 +104,7 @@ def propose_plan(
     mechanisms: Sequence[str] | None = None,
     rounds: int = 5,
     training: bool = False,
+    seconds: float | None = None,
     report: Report = lambda text: None,
 ) -> Proposal:
     """Measure `model` on this machine and propose a plan for its attention. The model is as before afterwards.
@@ -109,13 +115,18 @@ def propose_plan(
     mechanisms   names to choose from; all by default.
     rounds       timed calls of each candidate.
     training     weigh the time of forward and backward, instead of forward alone.
+    seconds      about what it may take: single mechanisms are left out then, and named. Times and errors of layers,
+                 the search for a mix and the last check are always made. None: everything is tried.
     Raises       ValueError for fewer batches, a budget below 0, names that cannot be used, a model that has a plan.
     """
-    given = checked(model, batches)
+    began, given = time.monotonic(), checked(model, batches)
     if len(given) < 3:
         raise ValueError(f"three batches of different text are needed (layers, choice, last check), got {len(given)}")
     if not max_error >= 0 or rounds < 1:
         raise ValueError(f"expected max_error >= 0 and rounds >= 1, got {max_error} and {rounds}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be more than 0, or None for all the time it takes, got {seconds}")
+    until = float("inf") if seconds is None else began + seconds
     third = len(given) // 3
     first, chosen_by, last = given[:third], given[third:-third], given[-third:]
     length = _length(given[0])
@@ -132,8 +143,8 @@ def propose_plan(
     apply_plan(model, FastPlan(attention=Dense()))
     try:
         board = Switchboard(model, layers)
-        found = _choose(board, layers, everything, _Texts(chosen_by, last), max_error, rounds, training, report)
-        return replace(found, slow=timed)
+        wish = _Wish(max_error, rounds, training, until, report)
+        return replace(_choose(board, layers, everything, _Texts(chosen_by, last), wish), slow=timed)
     finally:
         remove_plan(model)
 
@@ -142,6 +153,17 @@ def propose_plan(
 class _Texts:
     chosen_by: Sequence[Batch]
     last: Sequence[Batch]
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What was asked for; `until` on the clock of time.monotonic."""
+
+    max_error: float
+    rounds: int
+    training: bool
+    until: float
+    report: Report
 
 
 def _length(batch: Batch) -> int:
@@ -161,22 +183,15 @@ def _who(model: PreTrainedModel, length: int, names: Sequence[str] | None) -> li
     return who
 
 
-def _choose(
-    board: Switchboard, layers: list[Layer], who: list[Mechanism], texts: _Texts, max_error: float,
-    rounds: int, training: bool, report: Report,
-) -> Proposal:  # fmt: skip
+def _choose(board: Switchboard, layers: list[Layer], who: list[Mechanism], texts: _Texts, wish: _Wish) -> Proposal:
     """Steps 2 to 5 on a model whose layers are switched by `board`; `who` begins with Dense."""
-    count = len(layers)
+    count, report = len(layers), wish.report
     seconds = [layer.seconds for layer in layers]
 
     def measured(picks: Sequence[int], batches: Sequence[Batch] = texts.chosen_by) -> float:
         return board.error([who[c] for c in picks], batches)
 
-    singles: list[Mix] = []
-    for c in range(1, len(who)):
-        if all(row[c] < float("inf") for row in seconds):
-            report(f"end error of {named(who[c])} in all layers, {c} of {len(who) - 1}")
-            singles.append(Mix((c,) * count, sum(row[c] for row in seconds), measured((c,) * count)))
+    singles, left_out = _singles(layers, who, measured, wish)
     report(f"what an error in each of {count} layers does to the end")
     mixes = frontier(seconds, [_costs(n, layers, measured) for n in range(count)])
     report(f"end errors of mixes, {len(mixes)} on the frontier")
@@ -187,12 +202,14 @@ def _choose(
         seen[mix.picks] = Mix(mix.picks, mix.seconds, found)
         return found
 
-    mix = fastest(mixes, end, max_error)
-    single = min((s for s in singles if s.error <= max_error), key=lambda s: s.seconds, default=None)
+    mix = fastest(mixes, end, wish.max_error)
+    single = min((s for s in singles if s.error <= wish.max_error), key=lambda s: s.seconds, default=None)
     dense = Mix((0,) * count, sum(row[0] for row in seconds), 0.0)
     entrants = {m.picks: m for m in (dense, single, mix and seen[mix.picks]) if m is not None}
     report("whole models by turns: " + ", ".join(_words(m.picks, who) for m in entrants.values()))
-    taken = board.times([[who[c] for c in m.picks] for m in entrants.values()], texts.chosen_by[0], rounds, training)
+    taken = board.times(
+        [[who[c] for c in m.picks] for m in entrants.values()], texts.chosen_by[0], wish.rounds, wish.training
+    )
     clock = dict(zip(entrants, taken, strict=True))
     best = entrants[min(clock, key=lambda picks: clock[picks])]
     report("the last check, on text that nothing was chosen by")
@@ -204,7 +221,7 @@ def _choose(
     return Proposal(
         plan=plan_of(layers, [who[c] for c in best.picks]),
         kind=board.kind,
-        max_error=max_error,
+        max_error=wish.max_error,
         error=best.error,
         unseen=measured(best.picks, texts.last),
         seconds=clock[best.picks],
@@ -216,7 +233,34 @@ def _choose(
             for layer, c in zip(layers, best.picks, strict=True)
         ),
         points=tuple(points),
+        left_out=tuple(named(who[c]) for c in left_out),
     )
+
+
+def _singles(
+    layers: list[Layer], who: list[Mechanism], measured: Callable[[Sequence[int]], float], wish: _Wish
+) -> tuple[list[Mix], list[int]]:
+    """Each candidate in all layers, with its end error; and those that no time was left for.
+
+    Those that no other beats in time and in error of the layers come first. Time is kept for what must follow: one
+    forward a layer, a search, the models by turns and the last check.
+    """
+    count = len(layers)
+    able = [c for c in range(1, len(who)) if all(layer.seconds[c] < float("inf") for layer in layers)]
+    time_of = {c: sum(layer.seconds[c] for layer in layers) for c in able}
+    error_of = {c: sum(layer.errors[c] ** 2 for layer in layers) for c in able}
+    beaten = {c for c in able for o in able if o != c and (time_of[o], error_of[o]) < (time_of[c], error_of[c])
+              and error_of[o] <= error_of[c]}  # fmt: skip
+    ordered = sorted(able, key=lambda c: (c in beaten, time_of[c]))
+    began, rest = time.monotonic(), count + 10 + 3 * (wish.rounds + 1) * (3 if wish.training else 1)
+    singles: list[Mix] = []
+    for done, c in enumerate(ordered):
+        spent = time.monotonic() - began
+        if done and time.monotonic() + (rest + 1) * spent / done > wish.until:
+            return singles, ordered[done:]
+        wish.report(f"end error of {named(who[c])} in all layers, {done + 1} of {len(ordered)}")
+        singles.append(Mix((c,) * count, time_of[c], measured((c,) * count)))
+    return singles, []
 
 
 def _costs(n: int, layers: list[Layer], measured: Callable[[Sequence[int]], float]) -> list[float]:

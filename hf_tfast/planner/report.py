@@ -62,6 +62,8 @@ def markdown(proposal: "Proposal", about: dict[str, Any] | None = None) -> str:
     if proposal.slow:
         slow = ", ".join(f"{label} ({dense / s:.2f}x)" for label, s in proposal.slow)
         lines += ["", f"Slower than dense attention here, and so not considered: {slow}."]
+    if proposal.left_out:
+        lines += ["", f"Not tried in all layers, for want of time: {', '.join(proposal.left_out)}."]
     if about is not None:
         lines += ["", _foot(about), f"Command: `{about['environment']['command']}`"]
     return "\n".join(lines) + "\n"

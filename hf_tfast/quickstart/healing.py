@@ -26,6 +26,7 @@ from ..distillation.encoder import EncoderArguments, EncoderTrainer
 from ..distillation.encoder_pairs import Example, Query, cloze, pieces, read_pairs, without
 from ..distillation.encoder_rows import Rows
 from ..integration.apply import remove_plan
+from ..training.faults import Terminated
 from ..training.guards import check_launch
 from ..training.run import write_json
 from ..training.sources import documents
@@ -275,6 +276,8 @@ def _train(data: HealingArguments, args: EncoderArguments, party: Party, folder:
         evaluate=evaluate if party.validation else None,
     )
     trainer.train(resume_from_checkpoint=start)
+    if trainer.terminate.stopped:
+        raise Terminated(args.output_dir or "", trainer.state.global_step)
     healed = replace(student, model=model.merge_and_unload() if hasattr(model, "merge_and_unload") else model)
     healed.model.eval()
     save_encoder(healed, folder / "model")

@@ -15,8 +15,10 @@ from ..attention.window import Window
 from ..benchmarking.environment import environment
 from ..benchmarking.folder import fresh_name, new_folder
 from ..feed_forward.int8 import Int8, int8_layer
+from ..planner import Proposal
 from .corpus import Corpus, load_corpus
 from .encoder import CHUNK, DTYPES, Encoder, lengthened, load_encoder, planned
+from .planning import AUTO, choose, draw_choice, words
 from .progress import steps
 from .report import (
     FIGURE,
@@ -42,6 +44,9 @@ from .training import (
     training_table,
 )
 
+WINDOW = {"window": 128, "sinks": 4}
+MAX_ERROR = 0.05
+
 
 @dataclass
 class Contest:
@@ -53,6 +58,7 @@ class Contest:
     texts: list[Text]
     records: list[Record]
     asked: torch.Tensor  # [q d] vectors of the queries
+    proposal: Proposal | None  # of the planner, where it was asked
 
 
 def run_all(out: str | Path | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +93,21 @@ def _checked(target: Path, settings: dict[str, Any]) -> Window:
         raise ImportError('the figure needs matplotlib: pip install "hf_tfast[plots]"') from None
     if settings["int8"]:
         int8_layer()  # raises, and names the extra, where bitsandbytes is missing
-    return Window(window=settings["window"], sinks=settings["sinks"])
+    return _window(settings)
+
+
+def _window(settings: dict[str, Any]) -> Window:
+    """The window that was asked for, or the default one. ValueError for options that would be ignored."""
+    if settings["plan"] not in ("window", AUTO):
+        raise ValueError(f"plan must be 'window' or '{AUTO}', got {settings['plan']!r}")
+    auto = settings["plan"] == AUTO
+    for name in ("window", "sinks") if auto else ("max_error",):
+        if settings[name] is not None:
+            raise ValueError(f"{name} has no meaning with plan={settings['plan']!r}: leave it out")
+    if auto and settings["max_error"] is not None and not settings["max_error"] >= 0:
+        raise ValueError(f"max_error must be 0 or more, got {settings['max_error']}")
+    given = {name: settings[name] for name in ("window", "sinks") if settings[name] is not None}
+    return Window(**{**WINDOW, **given})
 
 
 @contextmanager
@@ -112,8 +132,10 @@ def _measure(console: Console, folder: Path, settings: dict[str, Any], window: W
             "corpus": None if settings["corpus"] is None else Path(settings["corpus"]).name,
             "native": contest.teacher.native,
             "chunk": contest.chunk,
+            **({} if contest.proposal else {"window": window.window, "sinks": window.sinks}),
             "plan": contest.fast.model.config.quantization_config.to_dict(),
         },
+        "proposal": None if contest.proposal is None else contest.proposal.to_dict(),
         "corpus": _corpus_facts(corpus, contest),
         "retrieval": document_table(contest.records, corpus, contest.asked),
         "passages": passage_table(contest.records, corpus, contest.texts, contest.asked),
@@ -136,6 +158,8 @@ def _measure(console: Console, folder: Path, settings: dict[str, Any], window: W
     measured = "\n\n".join(markdown(rows) for rows in (retrieval_rows(results), passage_rows(results)))
     write_card(contest.fast, folder / "model", results, measured)
     draw(results, folder / FIGURE)
+    if contest.proposal is not None:
+        draw_choice(contest.proposal, folder)
     results["seconds"] = time.perf_counter() - start
     write_report(results, folder)
     return results
@@ -148,17 +172,35 @@ def _contest(console: Console, corpus: Corpus, settings: dict[str, Any], window:
     if length <= chunk:
         raise ValueError(f"length must be more than the {chunk} tokens that the teacher reads at once, got {length}")
     dense = lengthened(teacher, length)
-    fast = planned(dense, window, Int8() if settings["int8"] else None)
     texts = [tokenized(teacher, document, length) for document in corpus.documents]
     for document, text in zip(corpus.documents, texts, strict=True):
         if not text.ids:
             raise ValueError(f"the document of {document.name} holds nothing that the tokenizer reads")
+    proposal = _proposal(console, dense, texts, settings) if settings["plan"] == AUTO else None
+    attention = window if proposal is None else proposal.plan.attention
+    fast = planned(dense, attention, Int8() if settings["int8"] else None)
     label = f"reading {len(texts)} documents with {_shown(teacher.name)}"
     with steps(console, label, len(texts)) as bar, torch.inference_mode():
         asked = torch.stack([teacher.vectors([teacher.content(q)[0][: chunk - teacher.special]])[0].cpu()
                              for q, _, _ in corpus.queries])  # fmt: skip
         records = read_all(rivals(teacher, dense, fast, chunk, length), texts, bar)
-    return Contest(chunk, teacher, fast, texts, records, asked)
+    return Contest(chunk, teacher, fast, texts, records, asked, proposal)
+
+
+def _proposal(console: Console, dense: Encoder, texts: list[Text], settings: dict[str, Any]) -> Proposal:
+    budget = MAX_ERROR if settings["max_error"] is None else settings["max_error"]
+    done, label = 0, "choosing a plan on this machine, about two minutes"
+    with steps(console, label, 1) as bar:
+
+        def report(note: str) -> None:
+            nonlocal done
+            done += 1
+            bar.to(done / (done + 1), note)
+
+        found = choose(dense, texts, settings["length"], budget, report)
+    for line in words(found.to_dict()):
+        console.print(f"  {line}", highlight=False)
+    return found
 
 
 def _corpus_facts(corpus: Corpus, contest: Contest) -> dict[str, Any]:

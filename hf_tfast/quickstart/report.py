@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..benchmarking.environment import describe
+from .planning import PARETO, TABLE, words
 from .saving import FRESH, FRESH_SENTENCES
 
 FIGURE = "quality_over_speed.png"
@@ -154,6 +155,9 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     settings, corpus, reload = results["settings"], results["corpus"], results["reload"]
     parts = [f"# Quick start: {settings['model']} at {settings['length']} tokens", f"![quality over speed]({FIGURE})"]
     parts += ["\n".join(f"- {line}" for line in verdicts(results))]
+    if results["proposal"]:
+        parts += ["## The plan, chosen by measurement", "\n".join(f"- {line}" for line in words(results["proposal"]))]
+        parts += [f"[Every layer, and all that was tried]({TABLE})", f"![error over speed-up]({PARETO})"]
     parts += ["## Finding documents", markdown(retrieval_rows(results)), _corpus_words(corpus, settings)]
     parts += ["## Finding passages", markdown(passage_rows(results)), _passage_words(results)]
     if results["training"]:

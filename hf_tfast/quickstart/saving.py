@@ -135,6 +135,19 @@ def _in_fresh_process(snippet: str, folder: Path, texts: Sequence[str], device: 
         return [found[str(n)] for n in range(len(texts))]
 
 
+def _attention(results: dict[str, Any]) -> str:
+    """The attention of the model's card, in words."""
+    if results["proposal"]:
+        return "attention that was chosen layer by layer, by measurement: " + ", ".join(
+            f"layer {row['layer']} `{row['mechanism']}`" for row in results["proposal"]["layers"]
+        )
+    near, first = results["settings"]["window"], results["settings"]["sinks"]
+    return (
+        f"attention that reads {near} tokens on each side and the first {first}; time and memory grow linearly with "
+        "the length"
+    )
+
+
 def write_card(encoder: Encoder, folder: Path, results: dict[str, Any], tables: str) -> None:
     """README.md of the model: licence and base model of the teacher, use, how it was made, what was measured."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -154,11 +167,10 @@ def write_card(encoder: Encoder, folder: Path, results: dict[str, Any], tables: 
 {data.to_yaml()}
 ---
 
-# {name.split("/")[-1]}, {settings["length"]} tokens, window attention{", int8" if settings["int8"] else ""}
+# {name.split("/")[-1]}, {settings["length"]} tokens, fast attention{", int8" if settings["int8"] else ""}
 
-{name} with {settings["length"]} positions and attention that reads {settings["window"]} tokens on each side and the
-first {settings["sinks"]}.{_INT8 if settings["int8"] else ""} Time and memory grow linearly with the length. No weight
-was trained: the learned positions were tiled, and the plan is in config.json.
+{name} with {settings["length"]} positions and {_attention(results)}.{_INT8 if settings["int8"] else ""} No weight was
+trained: the learned positions were tiled, and the plan is in config.json.
 
     pip install {'"hf_tfast[int8]"' if settings["int8"] else "hf_tfast"}
 

@@ -1,6 +1,7 @@
 """propose_plan on tiny models: what it promises, with times that are given where they decide."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hf_tfast.attention import mechanisms
 from hf_tfast.benchmarking.environment import environment
 from hf_tfast.planner import measure, propose
 from hf_tfast.planner.candidates import BUDGETS, LEFT_OUT, candidates
-from hf_tfast.planner.measure import Layer, end_error, ends
+from hf_tfast.planner.measure import Layer, end_error, ends, in_turns
 from hf_tfast.planner.propose import plan_of
 from hf_tfast.planner.report import MARK, markdown, write
 
@@ -114,6 +115,33 @@ def test_an_encoder_by_its_embeddings_with_real_times(tmp_path):
     assert markdown(found)
 
 
+def test_little_time_leaves_single_mechanisms_out_and_says_which():
+    found = propose_plan(llama(), rows(), max_error=0.1, rounds=1, seconds=1e-6)
+    tried = {p.label for p in found.points if p.kind == "single"}
+    assert len(tried) == 1, "one is always tried"
+    assert found.left_out
+    assert not tried & set(found.left_out)
+    assert all(label in markdown(found) for label in found.left_out)
+    assert propose_plan(llama(), rows(), mechanisms=["window"], rounds=1).left_out == ()
+
+
+def test_slow_ones_are_timed_once():
+    calls, clock = [0, 0, 0], {0: 0.002, 1: 0.02, 2: 0.001}
+
+    def run(n):
+        def call():
+            calls[n] += 1
+            time.sleep(clock[n])
+
+        return call
+
+    taken = in_turns([run(n) for n in range(3)], 3, torch.device("cpu"), give_up=1.5)
+    assert calls[1] == 2, "one call that does not count, and one that does"
+    assert calls[0] == 4
+    assert calls[2] <= 4
+    assert taken[1] >= 0.02
+
+
 def test_training_times_have_a_backward():
     found = propose_plan(llama(), rows(), max_error=1.0, mechanisms=["window"], rounds=1, training=True)
     assert found.seconds > 0
@@ -166,6 +194,7 @@ def test_every_mechanism_is_a_candidate_or_has_a_reason():
         ({"batches": rows(2)}, "three batches"),
         ({"max_error": -1.0}, "max_error >= 0"),
         ({"max_error": float("nan")}, "max_error >= 0"),
+        ({"seconds": 0.0}, "seconds must be more than 0"),
         ({"mechanisms": ["windo"]}, "unknown attention mechanism 'windo'"),
         ({"mechanisms": ["graph"]}, "leaves graph out"),
         ({"mechanisms": ["nystrom"]}, "no causal form"),

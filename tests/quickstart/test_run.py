@@ -15,7 +15,9 @@ from hf_tfast import FastPlan, Int8
 from hf_tfast.feed_forward.int8 import int8_layer
 from hf_tfast.quickstart import pipeline, run
 from hf_tfast.quickstart.encoder import demo_folder, load_encoder
+from hf_tfast.quickstart.planning import rows_of
 from hf_tfast.quickstart.report import verdicts
+from hf_tfast.quickstart.retrieval import Text
 from tests.quickstart.tiny_encoder import save_tiny_corpus, save_tiny_encoder
 
 
@@ -83,6 +85,38 @@ def test_without_int8(tiny, tmp_path, monkeypatch):
     assert "int8" not in (tmp_path / "x" / "model" / "README.md").read_text()
 
 
+def test_the_planner_chooses(tiny, tmp_path, monkeypatch):
+    """The plan of the saved model is the one that was proposed, and the report says what and why."""
+    monkeypatch.setattr(pipeline, "check_reload", lambda *given: {"equal": True, "largest_difference": 0.0,
+                        "tokens": [1], "sentence_transformers": None})  # fmt: skip
+    out = tmp_path / "x"
+    results = run(out, **{**tiny, "window": None, "int8": False}, plan="auto", max_error=0.5)
+    proposal, report = results["proposal"], (out / "report.md").read_text()
+    saved = AutoModel.from_pretrained(out / "model").config.quantization_config
+    assert saved.to_dict()["attention"] == proposal["plan"]["attention"]
+    assert saved.feed_forward is None
+    assert proposal["max_error"] == 0.5
+    assert proposal["error"] <= 0.5
+    assert [row["layer"] for row in proposal["layers"]] == [0, 1]
+    for row in proposal["layers"]:
+        assert f"`{row['mechanism']}`" in report
+        assert f"`{row['mechanism']}`" in (out / "model" / "README.md").read_text()
+    assert "Chosen on this machine" in report
+    assert "the fastest whole model" in report
+    assert {"plan.md", "pareto.png"} <= {p.name for p in out.iterdir()}
+    assert "| whole model | ms |" in (out / "plan.md").read_text()
+
+
+def test_rows_for_the_planner_are_the_corpus_cut_to_length(tiny):
+    encoder = load_encoder(tiny["model"])
+    texts = [Text(list(range(10 * n + 5, 10 * n + 15)), [], []) for n in range(4)]
+    found = [batch["input_ids"] for batch in rows_of(encoder, texts, 14, rows=3)]
+    assert all(ids.shape == (1, 14) for ids in found)
+    inner = torch.cat([ids[0, 1:-1] for ids in found])
+    assert inner.tolist() == list(range(5, 41))
+    assert {(int(ids[0, 0]), int(ids[0, -1])) for ids in found} == {(2, 3)}
+
+
 def test_int8_without_its_package_is_refused_at_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "int8_layer", int8_layer.__wrapped__)  # the class may be there already
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -121,6 +155,11 @@ def test_a_difference_after_reloading_is_seen(tiny, tmp_path, monkeypatch):
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"seconds": -1}, "seconds of training"),
         ({"corpus": "nowhere.jsonl"}, "is not a file"),
+        ({"plan": "best"}, "plan must be 'window' or 'auto'"),
+        ({"plan": "auto"}, "window has no meaning with plan='auto'"),
+        ({"max_error": 0.1}, "max_error has no meaning with plan='window'"),
+        ({"plan": "auto", "window": None, "max_error": -1.0}, "max_error must be 0 or more"),
+        ({"plan": "auto", "window": None, "length": 300}, "rows of 300 tokens, and the corpus has"),
     ],
 )
 def test_bad_requests_leave_nothing(tiny, tmp_path, change, says):

@@ -58,6 +58,7 @@ class Window(Mechanism):
             sinks=self.sinks,
             open_sinks=not causal,
             causal=causal,
+            solid=True,
         )
 
     def fast(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from . import fused
 from .score import Score
 from .tiles import Call, Layout, Tile
 
@@ -39,7 +40,9 @@ def attend_tiles(
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):
         call = Call(q, k, layout, score, start, kept, behind)
-        o = _Tiles.apply(q, k.contiguous(), v.contiguous(), score.sinks, call)
+        call.fused = fused.serves(layout, score, q, k, v, start)
+        q, k, v = fused.as_rows(q, k, v) if call.fused else (q, k.contiguous(), v.contiguous())
+        o = _Tiles.apply(q, k, v, score.sinks, call)
     return o.half() if wide else o
 
 
@@ -58,6 +61,8 @@ class _Tiles(torch.autograd.Function):
             p = p if keep is None else p.mul_(keep)
             out = torch.bmm(p, work.v, out=work.like("o", tile.size[:2], v))
             tile.queries(o).copy_(tile.split(out))
+        if call.fused:
+            fused.forward(call, q, k, v, sinks, o)
         return o
 
     @staticmethod
@@ -66,13 +71,16 @@ class _Tiles(torch.autograd.Function):
         q, k, v, sinks = ctx.saved_tensors  # type: ignore[attr-defined]
         call: Call = ctx.call  # type: ignore[attr-defined]
         wide = torch.promote_types(q.dtype, torch.float32)
-        summed = q.dtype if call.layout.lists is None else wide  # a band adds its overlaps up in fp32 first
+        # a band in tiles adds its overlaps up in fp32 first
+        summed = q.dtype if call.layout.lists is None and not call.fused else wide
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=summed), torch.zeros_like(v, dtype=summed)
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
         scratch = _Scratch()
         for tile in call.tiles():
             _Work(tile, q, k, v, sinks, scratch).backward(grad, dq, dk, dv, dsinks)
+        if call.fused:
+            fused.add_backward(call, (q, k, v, sinks), grad, (dq, dk, dv, dsinks))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None if dsinks is None else dsinks.to(sinks.dtype), None
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ FLAGS = (
     "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 PATIENCE = 120  # seconds
+logger = logging.getLogger(__name__)
 
 
 class CannotCompile(Exception):
@@ -34,9 +36,11 @@ def load(name: str) -> ctypes.CDLL:
     program, source = compiler(), Path(__file__).with_name(f"{name}.c")
     if program is None:
         raise CannotCompile(f"there is no C compiler ({', '.join(COMPILERS)})")
-    about = "\n".join([source.read_text(encoding="utf-8"), program, *FLAGS, platform.platform(), _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    about = "\n".join([*texts, program, *FLAGS, platform.platform(), _processor()])
     path = _folder() / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
     if not path.exists():
+        logger.info("compiling %s, once on this machine: a few seconds", source.name)
         _compile(program, source, path)
     try:
         return ctypes.CDLL(str(path))

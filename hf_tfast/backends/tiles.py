@@ -30,6 +30,7 @@ class Layout:
     lists       [h or 1, query blocks, most] int64: the blocks of `block` keys that each block of `block` queries reads
                 beside the band, -1 where there are fewer. None: there are none.
     causal      no key after the query's own position is read, whatever the above says.
+    solid       the band holds every key from `before` to `after`, apart from what causality hides.
     """
 
     near: Callable[[Tensor, Tensor], Tensor] | None
@@ -40,6 +41,7 @@ class Layout:
     lists: Tensor | None = None
     block: int = 64
     causal: bool = True
+    solid: bool = False
 
     def hidden(self, i: Tensor, j: Tensor, listed: Tensor | None = None) -> Tensor:
         """Pairs of positions that are not read; `listed`: the ones that lists add."""
@@ -57,6 +59,8 @@ class Layout:
 class Call:
     """What the tiles of one call share: q [b h i d], k [b g j d]; see `attend_tiles` for start, kept and behind."""
 
+    fused = False  # does C serve the band? see fused.py
+
     def __init__(
         self, q: Tensor, k: Tensor, layout: Layout, score: Score, start: int, kept: int, behind: int = 0
     ) -> None:
@@ -72,13 +76,18 @@ class Call:
         if start:
             self.at[self.kept :] += start
 
+    @property
+    def opened(self) -> int:
+        """How many queries, the first ones, read every key."""
+        return min(self.i, max(self.layout.sinks - self.offset, 0)) if self.layout.open_sinks else 0
+
     def tiles(self) -> Iterator["Tile"]:
-        """Every query in exactly one tile."""
-        lay, query = self.layout, 0
-        if lay.open_sinks and self.offset < lay.sinks and self.i:
-            query = min(self.i, lay.sinks - self.offset)
+        """Every query in exactly one tile; with `fused`, those alone that read every key."""
+        lay, query = self.layout, self.opened
+        if query:
             yield Edge(self, slice(0, query), slice(0, self.j))
-        yield from self._band(query) if lay.lists is None else self._listed(lay.lists, query)
+        if not self.fused:
+            yield from self._band(query) if lay.lists is None else self._listed(lay.lists, query)
 
     def _band(self, query: int) -> Iterator["Tile"]:
         lay, c = self.layout, self.layout.queries

@@ -1,0 +1,197 @@
+"""The band in C computes what the definition says, on what models give it, and stands aside where it has no word."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_tfast.attention import Mask, Score, attend
+from hf_tfast.attention.window import Window
+from hf_tfast.backends import fused
+from hf_tfast.backends import native as compiled
+from hf_tfast.testing import Shape, assert_near, generator, qkv, with_gradients
+from tests.attention.contract import MASKS, make_mask, make_score
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+SHAPES = {  # name: shape, window, sinks
+    "one token": (Shape(h=2, g=1, j=1), 4, 2),
+    "odd": (Shape(b=2, h=4, g=2, i=130, j=200, d=17, e=33), 16, 3),
+    "itself": (Shape(h=3, g=3, j=50, d=32), 1, 0),
+    "everything": (Shape(h=2, g=1, j=90, d=16), 300, 4),
+    "many chunks": (Shape(h=2, g=1, j=900, d=48, e=80), 40, 40),
+    "wide": (Shape(h=1, g=1, i=400, j=500, d=64), 230, 0),
+}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How often the C ran; skips where there is none."""
+    if fused._library() is None:
+        pytest.skip("this machine has no C compiler, or no wide vectors")
+    calls = []
+    run = fused._run
+    monkeypatch.setattr(fused, "_run", lambda *given: (calls.append(given[0]), run(*given))[1])
+    return calls
+
+
+def compare(mechanism, mask, score, q, k, v, *seed):
+    """Outputs and gradients of the fast path against those of the definition in double precision."""
+    fast = with_gradients(lambda *x: attend(*x[:3], mechanism, mask, x[3], backend="torch"), q, k, v, score, *seed)
+    wide = [x.double() for x in (q, k, v)]
+    if score.sinks is not None:
+        score = replace(score, sinks=score.sinks.double())
+    exact = with_gradients(lambda *x: attend(*x[:3], mechanism, mask, x[3], backend="reference"), *wide, score, *seed)
+    for name, x in fast.items():
+        tolerance = TOLERANCE[q.dtype] * (exact[name].norm() / x.numel() ** 0.5 + 1).item()
+        assert_near(x.double(), exact[name].double(), name, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_c_is_the_definition(ran, name, causal, dtype):
+    shape, window, sinks = SHAPES[name]
+    q, k, v = qkv(shape, name, causal, dtype=dtype, transposed=causal)
+    score = Score(scale=0.3, sinks=torch.randn(shape.h, generator=generator(name))) if causal else Score()
+    compare(Window(window=window, sinks=sinks), Mask(causal=causal), score, q, k, v, name)
+    assert ran == ([] if causal and shape.j == 1 else [0, 1])  # one query under causality is a step of decoding
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(ran, kind, causal):
+    """Padding and packing are rows of their own; those of a cache that dropped keys stay with the tiles."""
+    shape = Shape(b=2, h=4, g=2, i=130, j=200)
+    q, k, v = qkv(shape, kind, causal, dtype=torch.float32)
+    mask = make_mask(kind, causal, 2, 200)
+    compare(Window(window=8, sinks=2), mask, make_score("sinks", 4), q, k, v, kind, causal)
+    assert bool(ran) is not kind.startswith("start")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_makes_no_difference(ran, dtype):
+    """Threads, strides, and what the environment switches off."""
+    q, k, v = qkv(Shape(h=4, g=2, j=700, d=32), "same", dtype=dtype)
+    window, mask = Window(window=33, sinks=3), Mask(causal=True)
+
+    def run(*x):
+        return with_gradients(lambda *y: attend(*y[:3], window, mask, backend="torch"), *x, Score()).values()
+
+    first, threads = list(run(q, k, v)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert all(map(torch.equal, first, run(q, k, v)))
+    finally:
+        torch.set_num_threads(threads)
+    spread = [x.mT.contiguous().mT for x in (q, k, v)]
+    assert all(map(torch.equal, first, run(*spread)))
+    with ThreadPoolExecutor(3) as pool:
+        for others in pool.map(lambda _: list(run(q, k, v)), range(6)):
+            assert all(map(torch.equal, first, others))
+    count = len(ran)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(fused.SWITCH, "0")
+        for x, y in zip(first, run(q, k, v), strict=True):
+            assert not torch.equal(x, y)
+            assert_near(x, y, "tiles", 4 * TOLERANCE[dtype])
+    assert len(ran) == count
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_never_reads_the_future(ran, dtype):
+    q, k, v = qkv(Shape(h=2, g=1, j=600, d=16), "future", dtype=dtype)
+    window, mask = Window(window=50, sinks=2), Mask(causal=True)
+    before = attend(q, k, v, window, mask, backend="torch")
+    for x in (q, k, v):
+        x[:, :, 311:] = torch.randn(x[:, :, 311:].shape, generator=generator("other")) * 9
+    after = attend(q, k, v, window, mask, backend="torch")
+    assert torch.equal(before[:, :, :311], after[:, :, :311])
+    assert not torch.equal(before[:, :, 311:], after[:, :, 311:])
+    assert ran == [0, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_lost(ran, bad):
+    q, k, v = qkv(Shape(h=1, g=1, j=200, d=16), "bad", dtype=torch.float32)
+    k[0, 0, 90, 3] = bad
+    o = attend(q, k, v, Window(window=10), Mask(causal=True), backend="torch")
+    hit = ~o.isfinite().all(-1)[0, 0]
+    assert hit[90:100].any()  # an infinite score of the right sign
+    assert bad == float("inf") or hit[90:100].all()
+    assert not hit[:66].any()
+    assert not hit[124:].any()
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 300.0])
+def test_large_scores_and_odd_scales(ran, scale):
+    q, k, v = qkv(Shape(h=2, g=2, j=120, d=16), scale, dtype=torch.float32)
+    q = q.clamp(-2, 2).bfloat16().float()
+    k = k.clamp(-2, 2).bfloat16().float()
+    o = attend(q, k, v, Window(window=20), Mask(causal=True), Score(scale=scale), backend="torch")
+    exact = attend(q.double(), k.double(), v.double(), Window(window=20), Mask(causal=True), Score(scale=scale))
+    assert_near(o.double(), exact, "o", 2e-4 if scale > 1 else 5e-6)
+
+
+def test_it_stands_aside(ran):
+    """Where the C has no form, tiles run: double precision, softcaps, dropout, a gap, a very wide band, a trace."""
+    window, mask = Window(window=8, sinks=1), Mask(causal=True)
+    inputs = qkv(Shape(j=40), "aside", dtype=torch.float32)
+    for score in (Score(softcap=3.0), Score(dropout=0.1, seed=3)):
+        attend(*inputs, window, mask, score, backend="torch")
+    attend(*inputs, window, Mask(causal=True, start=9, kept=4), backend="torch")
+    attend(*inputs, Window(window=fused.WIDEST + 1), mask, backend="torch")
+    attend(*(x.double() for x in inputs), window, mask, backend="torch")
+    assert ran == []
+    exported = torch.export.export(_Attends(), inputs)
+    assert ran == []
+    assert_near(exported.module()(*inputs), _Attends()(*inputs), "exported", 1e-5)
+    assert ran == [0]
+
+
+class _Attends(torch.nn.Module):
+    def forward(self, q, k, v):
+        return attend(q, k, v, Window(window=8, sinks=1), Mask(causal=True), backend="torch")
+
+
+@pytest.mark.parametrize(("compiler", "words"), [(None, "there is no C compiler"), ("exit 1", "exit status 1")])
+def test_without_a_compiler_that_works_it_says_so_once(monkeypatch, caplog, tmp_path, compiler, words):
+    program = tmp_path / "cc"
+    program.write_text(f"#!/bin/sh\n{compiler}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: compiler and str(program))
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(fused.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    caches = (compiled.load, fused._library)
+    for each in caches:
+        each.cache_clear()
+    try:
+        q, k, v = qkv(Shape(j=40), "none", dtype=torch.float32)
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                compare(Window(window=8), Mask(causal=True), Score(), q, k, v)
+        said = [r.message for r in caplog.records if "attention in a window" in r.message]
+        assert len(said) == 1
+        assert words in said[0]
+        assert list(tmp_path.iterdir()) == [program]
+    finally:
+        monkeypatch.undo()
+        for each in caches:
+            each.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", ["before", "after", "offset", "scale", "first"])
+def test_faults_are_found(ran, monkeypatch, wrong):
+    """The comparison sees a call that says something else."""
+    made = fused._Call
+
+    def faulty(**given):
+        given[wrong] = given[wrong] * 1.1 if wrong == "scale" else given[wrong] - (1 if given[wrong] else -1)
+        return made(**given)
+
+    monkeypatch.setattr(fused, "_Call", faulty)
+    q, k, v = qkv(Shape(h=2, g=1, i=100, j=150), "faults", dtype=torch.float32)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(Window(window=9, sinks=2), Mask(causal=True), Score(), q, k, v)

@@ -150,9 +150,11 @@ def lengthened(encoder: Encoder, length: int) -> Encoder:
     return replace(encoder, model=model, tokenizer=tokenizer, native=max(length, encoder.native))
 
 
-def planned(encoder: Encoder, mechanism: Mechanism, feed_forward: Form | None = None) -> Encoder:
-    """A copy whose self-attention is `mechanism`, and whose feed-forwards are of the form, if one is given."""
-    plan = FastPlan(attention=mechanism, feed_forward=feed_forward)
+def planned(
+    encoder: Encoder, attention: Mechanism | dict[str, Mechanism] | None, feed_forward: Form | None = None
+) -> Encoder:
+    """A copy whose self-attention is as a plan says, and whose feed-forwards are of the form, if one is given."""
+    plan = FastPlan(attention=attention, feed_forward=feed_forward)
     return replace(encoder, model=apply_plan(deepcopy(encoder.model), plan))
 
 

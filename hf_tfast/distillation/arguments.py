@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..training.arguments import PretrainingArguments, _json, _option, read_attention
+from ..training.scaling import check_whole_models
 from .layerwise import LayerMatching
 from .whole import LogitMatching
 
@@ -74,6 +75,7 @@ class DistillationArguments(PretrainingArguments):
         if self.patience:
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
         super().__post_init__()
+        check_whole_models(self, "distillation")
         self.layers, self.whole = self._objectives()
 
     def _objectives(self) -> tuple[LayerMatching, LogitMatching]:

@@ -31,6 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
+from ..training.scaled import Scaled
+from ..training.scaling import check_whole_models
 from ..training.trainer import Clock, Watch, not_finite
 from .encoder_rows import Rows, TextEncoder, collate
 from .losses import embedding_cosine
@@ -78,6 +80,7 @@ class EncoderArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         self.remove_unused_columns = False  # the rows hold what a step takes, and nothing else
         self.logging_nan_inf_filter = False  # it would hide that a training has diverged
+        check_whole_models(self, "the healing of encoders")
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to
@@ -108,7 +111,7 @@ def pooled(states: Tensor, how: str, valid: Tensor | None = None) -> Tensor:
     return F.normalize((states * weight).sum(1) / weight.sum(1).clamp_min(1.0), dim=-1)
 
 
-class EncoderTrainer(Trainer):
+class EncoderTrainer(Scaled, Trainer):
     """Trainer of a student that is called as `model(input_ids=..., attention_mask=...)` and gives states.
 
     teacher   reads queries and single passages for the keep term; in eval and without gradients. None: no such term.

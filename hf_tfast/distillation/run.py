@@ -20,6 +20,7 @@ from ..benchmarking.environment import environment
 from ..benchmarking.folder import check_new, new_folder
 from ..training.arguments import LEARNED, DataArguments, read_attention
 from ..training.data import Data, prepare
+from ..training.faults import Terminated
 from ..training.guards import check_launch
 from ..training.packing import collate
 from ..training.plot import need_matplotlib
@@ -184,6 +185,8 @@ def _stage(
     found: Record = {} if "swapped" in stages else {"swapped": {"final": trainer.evaluate()}}
     start = _checkpoint(args, place / "checkpoints")
     trainer.train(resume_from_checkpoint=start)
+    if trainer.terminate.stopped:
+        raise Terminated(str(place / "checkpoints"), trainer.state.global_step)
     found[name] = {
         "final": _final(trainer, args),
         "steps": trainer.state.global_step,

@@ -20,6 +20,7 @@ from transformers.data.data_collator import DataCollator
 
 from ..training.evaluation import Evaluation, Sums
 from ..training.packing import collate
+from ..training.scaled import Scaled
 from ..training.trainer import Clock, Diverged
 from ._batch import inner, main_input
 from .cache import CachedTeacher
@@ -31,7 +32,7 @@ from .whole import LogitMatching, Whole, check_vocabularies
 __all__ = ["DistillationTrainer"]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(Scaled, Trainer):
     """As Trainer, with a teacher.
 
     model        the student: any Transformers model, with a plan or without, or one that PEFT has wrapped.

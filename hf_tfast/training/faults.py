@@ -73,12 +73,13 @@ class Terminate(TrainerCallback):
 
 
 @contextmanager
-def whole_checkpoint(trainer: Any) -> Iterator[Path]:
+def whole_checkpoint(trainer: Any, trial: Any = None) -> Iterator[Path]:
     """A folder to write checkpoint-<step> into; it moves to where it belongs when every process has written its part.
 
+    trial  of a search for hyper-parameters, whose checkpoints have a folder of their own.
     CheckpointError, with what is left on the disk, where it cannot be written.
     """
-    run = Path(trainer._get_output_dir(None))
+    run = Path(trainer._get_output_dir(trial))
     name, first = f"checkpoint-{trainer.state.global_step}", trainer.args.should_save
     working = run / f"{WRITING}{trainer.state.global_step}"
     if first:
@@ -87,8 +88,8 @@ def whole_checkpoint(trainer: Any) -> Iterator[Path]:
     _meet(trainer)
     try:
         yield working
+        _set_best(trainer, working, run, name)
         if first:
-            _set_best(trainer, working, run, name)
             _to_disk(working / name)
     except Exception as error:
         shutil.rmtree(working, ignore_errors=True)
@@ -113,11 +114,12 @@ def whole_checkpoint(trainer: Any) -> Iterator[Path]:
 
 
 def _set_best(trainer: Any, working: Path, run: Path, name: str) -> None:
-    """The best checkpoint's path is that where it will be."""
+    """The best checkpoint's path is that where it will be, on every process: all of them will load it."""
     best = trainer.state.best_model_checkpoint
     if best is not None and Path(best).parent == working:
         trainer.state.best_model_checkpoint = str(run / Path(best).name)
-        trainer.state.save_to_json(str(working / name / "trainer_state.json"))
+        if trainer.args.should_save:
+            trainer.state.save_to_json(str(working / name / "trainer_state.json"))
 
 
 def _to_disk(folder: Path) -> None:

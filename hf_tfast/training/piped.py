@@ -105,6 +105,9 @@ class PipelineTrainer(PretrainingTrainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
+    def _whole_state(self) -> dict[str, Tensor] | None:
+        return self.pipeline.state_dict()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         mine = gather_states(_inner(self.optimizer), self.model, keep=True)
         pipeline = self.pipeline

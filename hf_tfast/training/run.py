@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from .piped import PipelineTrainer
 from .plot import need_matplotlib, plot_curves
 from .sample import sample
 from .scaled import cut_model
-from .states import is_cut
 from .trainer import PretrainingTrainer
 
 MARK, DONE = "arguments.json", "metrics.json"
@@ -192,7 +190,7 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
     final = _last_evaluation(trainer) or trainer.evaluate()
     peak = trainer.step_memory()
     config.use_cache = not two_way  # Trainer has switched it off for training
-    _save(trainer, tokenizer, place / "model")
+    trainer.save_whole(place / "model", tokenizer)
     record: Record = {}
     if args.process_index == 0:
         record = {
@@ -216,22 +214,6 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
         write_json(record, place / DONE)
     trainer.accelerator.wait_for_everyone()
     return record
-
-
-def _save(trainer: PretrainingTrainer, tokenizer: Any, folder: Path) -> None:
-    """The whole model, however it was cut; every process takes part, the first one writes."""
-    cut = is_cut(trainer.model)
-    if isinstance(trainer, PipelineTrainer):
-        state = trainer.pipeline.state_dict()
-    else:
-        state = None if cut else trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.args.process_index == 0:
-        with new_folder(folder, overwrite=True, mark="config.json") as working:
-            trainer.model.save_pretrained(working, state_dict=state)
-            tokenizer.save_pretrained(working)
-    elif cut:
-        with tempfile.TemporaryDirectory() as nowhere:  # it sends its parts and writes nothing
-            trainer.model.save_pretrained(nowhere, is_main_process=False)
 
 
 def _last_evaluation(trainer: PretrainingTrainer) -> Record | None:

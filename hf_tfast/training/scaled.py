@@ -6,6 +6,7 @@ Its arguments carry a `layout` (see `ScalingArguments`); without one all of this
 that appear whole or not at all, the scale of fp16 losses in the logs, and SIGTERM, which saves and ends the training.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import recursively_apply
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
+from ..benchmarking.folder import new_folder
 from ..parallel.sequence import SequenceParallel
 from .averaging import Averaging
 from .faults import Terminate, whole_checkpoint
@@ -60,6 +63,7 @@ class Scaled:
     args: TrainingArguments
     accelerator: Any
     model: Any
+    model_wrapped: Any
     state: Any
     optimizer: Any
     lr_scheduler: Any
@@ -110,6 +114,7 @@ class Scaled:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if not self.layout.plain:
             self.accelerator.prepare_data_loader = partial(self._share_rows, self.accelerator)
+            self.accelerator.gather_for_metrics = self._gather_rows
 
     def _share_rows(self, accelerator: Any, loader: Any, *given: Any, **options: Any) -> Any:
         """As accelerate's, but processes that work on the same rows are given the same rows."""
@@ -128,6 +133,17 @@ class Scaled:
             )
         accelerator._dataloaders.append(loader)
         return loader
+
+    def _gather_rows(self, data: Any) -> Any:
+        """As accelerate's, of rows that several processes have worked on one copy each."""
+        world, ends = self.args.world_size, self.accelerator.gradient_state
+        copies = world // self.data_ranks
+        left = ends.remainder if ends.end_of_dataloader and ends.remainder > 0 else None
+
+        def once(x: Tensor) -> Tensor:
+            return x.unflatten(0, (world, len(x) // world))[::copies].flatten(0, 1)[:left]
+
+        return recursively_apply(once, self.accelerator.gather(data))
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
         if self.sequence is None:
@@ -181,7 +197,7 @@ class Scaled:
             self.state.num_input_tokens_seen = before + new * self.data_ranks // self.args.world_size
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with whole_checkpoint(self) as folder:
+        with whole_checkpoint(self, trial) as folder:
             self._folder = folder
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -225,6 +241,29 @@ class Scaled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             read_weights(Path(resume_from_checkpoint), whole)
+
+    def _load_best_model(self) -> None:
+        if self._engine_saves() or not is_cut(self.model):
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            read_weights(Path(self.state.best_model_checkpoint), self.model)
+
+    def save_whole(self, folder: Path, *also: Any) -> None:
+        """The whole model in a folder as `from_pretrained` reads it, however it is cut; `also` what else has a
+        `save_pretrained`, tokenizers say. Every process takes part, the first one writes."""
+        cut, state = is_cut(self.model), self._whole_state()
+        if self.args.process_index == 0:
+            with new_folder(folder, overwrite=True, mark="config.json") as working:
+                self.model.save_pretrained(working, state_dict=state)
+                for one in also:
+                    one.save_pretrained(working)
+        elif cut:
+            with tempfile.TemporaryDirectory() as nowhere:  # it sends its parts and writes nothing
+                self.model.save_pretrained(nowhere, is_main_process=False)
+
+    def _whole_state(self) -> dict[str, Tensor] | None:
+        """For `save_pretrained`; None where that gathers by itself."""
+        return None if is_cut(self.model) else self.accelerator.get_state_dict(self.model_wrapped)
 
     def _engine_saves(self) -> bool:
         """DeepSpeed, and FSDP by accelerate, have files of their own."""

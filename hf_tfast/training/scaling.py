@@ -1,10 +1,11 @@
 """The options with which a training grows: how processes share it, and how seldom they may agree."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .layout import Layout
 
-__all__ = ["ScalingArguments"]
+__all__ = ["ScalingArguments", "check_whole_models"]
 
 
 def _size(text: str, default: int = 1) -> int:
@@ -49,3 +50,16 @@ class ScalingArguments:
                 f"averaging every {self.average_every} steps needs whole models in every process, and the layout is "
                 f"{self.layout}: leave one out"
             )
+
+
+def check_whole_models(arguments: Any, what: str) -> None:
+    """ValueError where flags or launcher ask `what` for more than data parallelism. For trainings that hold several
+    models, or call parts of one, which engines that cut weights cannot follow."""
+    layout = getattr(arguments, "layout", None) or Layout.of(arguments)
+    if not layout.plain:
+        raise ValueError(
+            f"{what} trains whole models, data parallel, and the layout is {layout}: launch it with "
+            "recipes/accelerate/ddp.yaml; pretrain_clm.py, pretrain_mlm.py and the recipes of tasks take layouts"
+        )
+    if getattr(arguments, "average_every", 1) > 1:
+        raise ValueError(f"{what} averages in every step: leave --average_every out")

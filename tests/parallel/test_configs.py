@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from transformers import HfArgumentParser
 
+from hf_tfast.training.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_tfast.training.layout import Layout
+from hf_tfast.training.run import pretrain
 from hf_tfast.training.scaling import ScalingArguments
+from tests.parallel.ranks import run
 from tests.parallel.trainings import result
 from tests.training.tiny import write_texts
 
@@ -121,49 +127,145 @@ def test_contradictions_are_told(flags, variables, words, monkeypatch):
 
 SMALL = shlex.split(
     "--tokenizer bytes --length 32 --hidden_size 16 --layers 2 --heads 2 --intermediate_size 32 --attention window "
-    "--max_steps 3 --warmup_steps 0 --lr_scheduler_type constant --logging_steps 1 --save_steps 100 --eval_steps 100 "
-    "--validation_sequences 2 --far 8 --plot false --disable_tqdm true --report_to none"
+    "--max_steps 20 --warmup_steps 0 --lr_scheduler_type constant --logging_steps 1 --save_steps 100 --eval_steps 100 "
+    "--validation_sequences 2 --far 8 --plot false --disable_tqdm true --report_to none --use_cpu true"
 )
+PIPELINE = ["--pipeline_parallel", "2"]
+RUNS = {  # configuration: (rows of a process, flags behind the recipe); 4 rows a step in all
+    "cpu": (4, []),
+    "ddp": (2, []),
+    "fsdp2": (2, []),
+    "tensor_parallel": (4, []),
+    "sequence_parallel": (4, []),
+    "pipeline": (4, PIPELINE),
+    "fsdp2_hybrid": (1, []),  # four processes from here on
+    "tensor_parallel_fsdp2": (2, []),
+}
+MACHINES = {  # two launches on this machine play two machines: (rows, what a user fills in)
+    "ddp_multinode": (2, "--num_processes 2"),
+    "fsdp2_hybrid_multinode": (1, "--num_processes 4 --parallelism_config_dp_shard_size 2"),
+    "tensor_parallel_fsdp2_multinode": (2, "--num_processes 4 --parallelism_config_tp_size 2"),
+}
 
 
-def launch(config, texts, out, *more):
-    """The recipe under `accelerate launch`, on this machine's CPU."""
-    recipe = FOLDER.parent / "pretrain_clm.py"
+def command(config, texts, out, rows, before=(), behind=()):
+    """`accelerate launch` of the recipe, as on the page about scaling; before and behind the recipe's name."""
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{config}.yaml"),
+        "--mixed_precision", "no", *before, str(FOLDER.parent / "pretrain_clm.py"), "--text", str(texts),
+        "--output_dir", str(out), "--per_device_train_batch_size", str(rows), *SMALL, *behind,
+    ]  # fmt: skip
+
+
+def start(given, log):
+    """The command, begun; what it writes goes to a file, which no pipe of a killed process keeps open."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{config}.yaml"),
-         "--mixed_precision", "no", "--main_process_port", "0", str(recipe), "--text", str(texts),
-         "--output_dir", str(out), "--use_cpu", "true", *SMALL, *more],
-        capture_output=True, text=True, timeout=580, check=False, env={**environment, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    with open(log, "w") as file:
+        return subprocess.Popen(given, stdout=file, stderr=file, env={**environment, "OMP_NUM_THREADS": "1"})
+
+
+def launch(config, texts, out, rows=4, behind=()):
+    """(exit code, what it wrote) of a launch on this machine."""
+    log = out.with_suffix(".log")
+    process = start(command(config, texts, out, rows, ["--main_process_port", "0"], behind), log)
+    return process.wait(timeout=500), log.read_text()
+
+
+def assert_trained_alike(out, one):
+    found, record = result(out), json.loads((out / "metrics.json").read_text())
+    assert record["tokens_seen"] == 20 * 4 * 32
+    assert len(found["loss"]) == 20
+    assert found["loss"][:2] == pytest.approx(one["loss"][:2], rel=1e-6)  # before and after one step
+    assert found["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert found["eval"] == pytest.approx(one["eval"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "texts", count=12)
+
+
+@pytest.fixture(scope="module")
+def one(texts, tmp_path_factory):
+    """The training in one process, launched like the others."""
+    out = tmp_path_factory.mktemp("runs") / "cpu"
+    code, wrote = launch("cpu", texts, out)
+    assert code == 0, wrote[-3000:]
+    return result(out)
 
 
 @pytest.mark.slow
-def test_the_same_command_with_every_config(tmp_path):
+@pytest.mark.parametrize("config", [name for name in RUNS if name != "cpu"])
+def test_the_same_command_with_every_config(texts, one, tmp_path, config):
     """The configuration alone changes; the losses do not."""
-    texts, found = write_texts(tmp_path / "texts", count=12), {}
-    for config, rows in (("cpu", 4), ("ddp", 2), ("fsdp2", 2), ("tensor_parallel", 4)):
-        done = launch(config, texts, tmp_path / config, "--per_device_train_batch_size", str(rows))
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[config] = result(tmp_path / config)
-        record = json.loads((tmp_path / config / "metrics.json").read_text())
-        assert record["tokens_seen"] == 3 * 4 * 32
-    for config in ("ddp", "fsdp2", "tensor_parallel"):
-        assert found[config]["loss"][:2] == pytest.approx(found["cpu"]["loss"][:2], rel=1e-6)
-        assert found[config]["eval"] == pytest.approx(found["cpu"]["eval"], rel=1e-3)
+    rows, flags = RUNS[config]
+    code, wrote = launch(config, texts, tmp_path / "out", rows, flags)
+    assert code == 0, wrote[-3000:]
+    assert_trained_alike(tmp_path / "out", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", list(MACHINES))
+def test_several_machines(texts, one, tmp_path, config):
+    rows, filled = MACHINES[config]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = [*filled.split(), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    launches = [start(command(config, texts, tmp_path / "out", rows, [*meet, "--machine_rank", str(n)]), log)
+                for n, log in enumerate(logs)]  # fmt: skip
+    for process, log in zip(launches, logs, strict=True):
+        assert process.wait(timeout=500) == 0, log.read_text()[-3000:]
+    assert_trained_alike(tmp_path / "out", one)
+
+
+def in_layout(texts, out, rows, flags):
+    """On a rank: the recipe with what the launcher left in the environment."""
+    parser = HfArgumentParser((DataArguments, ModelArguments, PretrainingArguments))
+    given = [
+        "--text",
+        str(texts),
+        "--output_dir",
+        str(out),
+        "--per_device_train_batch_size",
+        str(rows),
+        *SMALL,
+        *flags,
+    ]
+    pretrain(*parser.parse_args_into_dataclasses([*given, "--max_steps", "3"]))
+    return result(out)
+
+
+@pytest.mark.parametrize("config", ["sequence_parallel", "pipeline"])
+def test_what_a_launch_leaves_in_the_environment(texts, tmp_path, config, monkeypatch):
+    """As above without the launcher's own seconds: its variables, two processes, three steps."""
+    rows, flags = RUNS[config]
+    _, made = environment(FOLDER / f"{config}.yaml", monkeypatch)
+    kept = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "PARALLELISM_"))}
+    kept |= {"ACCELERATE_MIXED_PRECISION": "no"}
+    both = run(in_layout, 2, texts, tmp_path / "two", rows, flags, group=False, env=kept)
+    alone = in_layout(texts, tmp_path / "one", 4, [])
+    for found in both:
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "words"),
-    [("fsdp2_offload", "needs GPUs|need a GPU"), ("gpu_fp16", "fp16 on a CPU")],
+    ("config", "flags", "words"),
+    [
+        ("fsdp2_offload", [], "its copies need a GPU"),
+        ("gpu_fp16", ["--fp16", "true"], "fp16 on a CPU"),
+        ("deepspeed_zero2", [], "[Dd]eep[Ss]peed"),
+        ("tensor_parallel", ["--tensor_parallel", "4"], "--tensor_parallel 4, but the configuration .* says 2"),
+        ("fsdp2", ["--shard", "3"], "shard 3 needs a multiple of 3 processes, and the launcher started 2"),
+        ("sequence_parallel", ["--length", "33"], "sequence parallelism cuts rows of 33 tokens over 2 processes"),
+        ("pipeline", ["--pipeline_parallel", "2", "--layers", "1"], "a pipeline of 2 processes needs as many layers"),
+    ],
 )
-def test_what_a_cpu_cannot(tmp_path, config, words):
-    import re
-
-    texts = write_texts(tmp_path / "texts")
-    more = ["--fp16", "true"] if config == "gpu_fp16" else []
-    done = launch(config, texts, tmp_path / "out", *more)
-    assert done.returncode != 0
-    assert re.search(words, done.stderr)
+def test_what_is_refused(texts, tmp_path, config, flags, words):
+    """Nothing is trained, and nothing is left behind."""
+    code, wrote = launch(config, texts, tmp_path / "out", 4, flags)
+    assert code != 0
+    assert re.search(words, wrote), wrote[-3000:]
     assert not (tmp_path / "out").exists()

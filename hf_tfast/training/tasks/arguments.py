@@ -10,6 +10,7 @@ from ...integration.plan import FastPlan
 from ...models.configuration_tfast import TFastConfig
 from ...models.configuration_tfast_seq2seq import TFastSeq2SeqConfig
 from ..arguments import _json, _option, read_attention
+from ..scaling import ScalingArguments
 from .optimisers import check_optimiser, own_optimiser
 
 __all__ = ["TaskDataArguments", "TaskModelArguments", "TaskTrainingArguments", "read_choice", "read_pairs"]
@@ -105,8 +106,8 @@ class TaskModelArguments:
 
 
 @dataclass
-class TaskTrainingArguments(Seq2SeqTrainingArguments):
-    """Seq2SeqTrainingArguments with these defaults, and regularisation, growing batches and search."""
+class TaskTrainingArguments(ScalingArguments, Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with these defaults, and regularisation, growing batches, search, and layouts."""
 
     output_dir: str | None = _option("runs/task", "a new folder for everything that the training leaves")
     overwrite: bool = _option(False, "replace an earlier training in output_dir")
@@ -148,6 +149,8 @@ class TaskTrainingArguments(Seq2SeqTrainingArguments):
         self.optimisers()
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False  # it would hide that a training has diverged
+        self.share()
+        self._check_layout()
         asked, self.optim = self.optim, "sgd" if own_optimiser(self.optim) else self.optim
         super().__post_init__()
         self.optim = asked
@@ -155,6 +158,20 @@ class TaskTrainingArguments(Seq2SeqTrainingArguments):
             self.dataloader_pin_memory = False
         if self.n_gpu > 1:
             raise ValueError("several GPUs in one process are not used: start one process each, accelerate launch")
+
+    def _check_layout(self) -> None:
+        """ValueError where processes share what the recipes of tasks cannot share, or with what they cannot."""
+        if self.layout.sequence * self.layout.pipeline > 1:
+            raise ValueError(
+                f"recipes of tasks share weights (--tensor_parallel, --shard, --replicas) and rows, and the layout is "
+                f"{self.layout}; sequences and pipelines are shared in recipes/pretrain_clm.py and pretrain_mlm.py: "
+                "take recipes/accelerate/ddp.yaml, fsdp2.yaml or tensor_parallel.yaml"
+            )
+        if self.average_every > 1:
+            raise ValueError("recipes of tasks average in every step: leave --average_every out")
+        if not self.layout.plain and (self.l1 or self.search_trials):
+            name = "l1" if self.l1 else "search_trials"
+            raise ValueError(f"--{name} needs whole models in every process, and the layout is {self.layout}")
 
     def optimisers(self) -> dict[str, float]:
         """Optimiser -> learning rate, of all that are to be compared."""

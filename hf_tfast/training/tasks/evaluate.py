@@ -12,10 +12,11 @@ from ...benchmarking.environment import environment
 from ...integration.plan import FastPlan
 from ..arguments import _option
 from ..guards import check_launch
+from ..launch import check_sizes
 from ..run import write_json
 from ._base import Task
 from .arguments import TaskDataArguments, TaskTrainingArguments, read_choice
-from .run import read_parts
+from .run import check_cut, read_parts
 from .trainer import TaskTrainer
 
 __all__ = ["EvaluationArguments", "evaluate_model"]
@@ -44,6 +45,7 @@ def evaluate_model(
         raise ValueError("name a trained model with --model")
     check_launch(args)
     rows = read_parts(task, data, args.seed, train=False)["test"]
+    check_cut(given.model, args)
     config = AutoConfig.from_pretrained(given.model)
     names = getattr(config, "id2label", None)
     if names and task.kind != "span" and not task.generates:
@@ -53,7 +55,10 @@ def evaluate_model(
         tokenizer.pad_token = tokenizer.eos_token
     task.decoder_only = task.generates and not config.is_encoder_decoder
     plan = {} if given.attention is None else read_choice(given.attention)
-    options = {"quantization_config": FastPlan(**plan)} if plan else {}
+    options: dict[str, Any] = {"quantization_config": FastPlan(**plan)} if plan else {}
+    check_sizes(args.layout, config, data.source_length)
+    if (cut := args.layout.distributed_config()) is not None:
+        options["distributed_config"] = cut
     model = getattr(transformers, task.auto).from_pretrained(given.model, **options)
     trainer = TaskTrainer(
         task=task, model=model, args=args, train=None, validation=task.examples(rows, tokenizer, data, config),

@@ -8,17 +8,21 @@ output_dir/LABEL/checkpoints/
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, set_seed
 
 from ...benchmarking.environment import environment
 from ...benchmarking.folder import new_folder
+from ..faults import Terminated
 from ..guards import check_launch
+from ..launch import check_sizes
 from ..run import DONE, _checkpoint, enter, write_json
+from ..scaled import cut_model
 from ._base import Task
 from .arguments import TaskDataArguments, TaskModelArguments, TaskTrainingArguments
 from .examples import Examples
@@ -51,6 +55,7 @@ def finetune(
     """
     check_launch(args)
     variants = _variants(model, args)
+    check_cut(model.model, args)
     folder = Path(args.output_dir or "")
     again = args.overwrite or args.resume_from_checkpoint
     if args.report is not None and (Path(args.report) / "results.json").exists() and not again:
@@ -73,6 +78,16 @@ def finetune(
     if args.process_index == 0:
         write_report(task, records, Path(args.report) if args.report else folder)
     return records
+
+
+def check_cut(name: str | None, args: TaskTrainingArguments) -> None:
+    """ValueError where a model of another family would be cut: saved by two processes, a BERT in shards hung."""
+    if name is None or args.layout.plain or AutoConfig.from_pretrained(name).model_type.startswith("tfast"):
+        return
+    raise ValueError(
+        f"{name} is no TFast model, and recipes of tasks cut only these over processes (layout: {args.layout}): train "
+        "it data parallel, recipes/accelerate/ddp.yaml"
+    )
 
 
 def _variants(model: TaskModelArguments, args: TaskTrainingArguments) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -185,7 +200,9 @@ def _train(task: Task, data: Any, model: Any, args: TaskTrainingArguments, given
     task.learn_labels(parts["train"], data)
     config = make_config(task, data, model, tokenizer, choice)
     examples = {part: task.examples(rows, tokenizer, data, config) for part, rows in parts.items()}
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    check_sizes(args.layout, config, data.source_length)
+    groups = args.world_size if args.layout.plain else args.layout.data_ranks  # that have rows of their own
+    step = args.train_batch_size * args.gradient_accumulation_steps * groups
     if len(examples["train"]) < step:
         raise ValueError(
             f"{len(examples['train'])} training examples do not fill one step of {step}: give more rows, or a smaller "
@@ -200,20 +217,28 @@ def _train(task: Task, data: Any, model: Any, args: TaskTrainingArguments, given
     found = search(task, args, examples, tokenizer, make) if args.search_trials else {}
     for name, value in found.items():
         setattr(args, name, value)
+    start = place / f".start-{os.environ.get('GROUP_RANK', '0')}"
+    whole = cut_model(make(), args.layout, start, args.local_process_index)
     trainer = TaskTrainer(
-        task=task, model=make(), args=args, train=examples["train"], validation=examples["validation"],
+        task=task, model=whole, args=args, train=examples["train"], validation=examples["validation"],
         tokenizer=tokenizer, new_tokens=data.target_length,
     )  # fmt: skip
     checked: Any = args
     trainer.train(resume_from_checkpoint=_checkpoint(checked, Path(args.output_dir or "")))
+    if trainer.terminate.stopped:
+        raise Terminated(args.output_dir or "", trainer.state.global_step)
     validation = trainer.evaluate() if "test" in examples else {}
     scored = examples.get("test", examples["validation"])
     test = trainer.evaluate(scored, metric_key_prefix="test")  # type: ignore[arg-type]
+    inner: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(inner.config, "use_cache"):
+        inner.config.use_cache = task.generates  # Trainer has switched it off for training
+    trainer.save_whole(place / "model", tokenizer)
     record: Record = {}
     if args.process_index == 0:
         record = _record(task, trainer, examples, describe_choice(model, config, choice))
         record |= {"label": label, "validation": validation, "test": test, "found": found}
-        _save(trainer, tokenizer, record, scored, place)
+        _save(trainer, record, scored, place)
     trainer.accelerator.wait_for_everyone()
     return record
 
@@ -244,13 +269,7 @@ def _record(task: Task, trainer: TaskTrainer, examples: dict[str, Examples], cho
     }
 
 
-def _save(trainer: TaskTrainer, tokenizer: Any, record: Record, scored: Examples, place: Path) -> None:
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = trainer.task.generates  # Trainer has switched it off for training
-    with new_folder(place / "model", overwrite=True, mark="config.json") as working:
-        model.save_pretrained(working)
-        tokenizer.save_pretrained(working)
+def _save(trainer: TaskTrainer, record: Record, scored: Examples, place: Path) -> None:
     with open(place / "predictions.jsonl", "w", encoding="utf-8") as file:
         for row, made in zip(scored.rows, trainer.made, strict=False):
             wanted = {name: row[name] for name in trainer.task.needed if name in row}

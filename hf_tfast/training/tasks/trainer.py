@@ -10,6 +10,8 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Seq2Seq
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..scaled import Scaled
+from ..states import is_cut
 from ..trainer import Clock, Watch, not_finite
 from ._base import Task
 from .arguments import TaskTrainingArguments
@@ -22,7 +24,7 @@ from .optimisers import own_optimiser, own_optimiser_kwargs
 __all__ = ["TaskTrainer"]
 
 
-class TaskTrainer(Seq2SeqTrainer):
+class TaskTrainer(Scaled, Seq2SeqTrainer):
     """Loss per label, whatever the batches, accumulation and processes; metrics of the task in every evaluation.
 
     Raises Diverged, naming the step, where loss or gradients are not finite; ValueError for regularisation that the
@@ -137,8 +139,8 @@ class TaskTrainer(Seq2SeqTrainer):
             batches=steps * parts if steps > 0 else None,
             epochs=self.args.num_train_epochs,
             seed=self.args.seed,
-            rank=self.args.process_index,
-            world=self.args.world_size,
+            rank=self.data_rank,
+            world=self.data_ranks,
         )
         if steps <= 0:
             self.args.max_steps = max(1, len(batches) // parts)
@@ -178,6 +180,7 @@ class TaskTrainer(Seq2SeqTrainer):
     ) -> EvalLoopOutput:
         """loss: nats per label, exact; perplexity of text tasks; the metrics of the task."""
         self._nats, self._labels = 0.0, 0.0
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer's keeps rows that fill batches up
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         examples: Examples = dataloader.dataset  # type: ignore[assignment]
         loss = self._nats / self._labels
@@ -194,9 +197,11 @@ class TaskTrainer(Seq2SeqTrainer):
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def _texts(self, examples: Examples) -> list[str]:
-        rank, world = self.args.process_index, self.args.world_size
+        """Of all examples, on every process; processes that hold parts of a model must make the same texts."""
+        model = self.accelerator.unwrap_model(self.model)
+        rank, world = (0, 1) if is_cut(model) else (self.args.process_index, self.args.world_size)
         made = generate_texts(
-            self.accelerator.unwrap_model(self.model),
+            model,
             self.tokenizer,
             examples,
             batch=self.args.per_device_eval_batch_size,

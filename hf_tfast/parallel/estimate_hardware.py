@@ -1,6 +1,8 @@
 """GPUs, by their makers' data sheets: dense bf16 throughput (without sparsity), memory, and links in one direction.
 
-Network is that of the maker's own machines: 400 Gb/s a GPU in DGX H100 and H200, 200 Gb/s in DGX A100.
+The figures were compared with pages that quote these sheets (https://glennklockwood.com/garden/processors/h100 and
+/A100, and NVIDIA's system description of the H200 for MLPerf Inference 4.1), not with the sheets themselves. Network:
+400 Gb/s a GPU with H100 and H200, 200 Gb/s with A100; 25 Gb/s with L4 and all latencies are assumptions.
 """
 
 from dataclasses import dataclass

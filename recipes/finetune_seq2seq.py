@@ -6,20 +6,20 @@ r"""Translation, summarisation or dialogue: a pretrained model made fast, or a T
 An encoder-decoder from scratch, three choices side by side on the same examples (tab-separated lines, English and
 German; any JSONL, CSV or TSV with --columns source=... target=..., or --dataset NAME of the Hub):
 
-    accelerate launch --cpu --num_processes 1 --mixed_precision no recipes/finetune_seq2seq.py --task translation \
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/finetune_seq2seq.py --task translation \
         --train_file data/train.tsv.gz --validation_file data/valid.tsv.gz --test_file data/test.tsv.gz \
         --columns source=0 target=1 --source_length 64 --target_length 64 --vocab_size 6000 --test_rows 1000 \
         --compare dense '{"mechanism": "window", "window": 4}' '{"feed_forward": {"form": "low_rank", "ratio": 0.5}}' \
-        --max_steps 900 --per_device_train_batch_size 128 --learning_rate 2e-3 --label_smoothing_factor 0.1 \
-        --output_dir runs/translation --resume_from_checkpoint last
+        --max_steps 1200 --per_device_train_batch_size 32 --learning_rate 1.5e-3 --adam_beta2 0.98 \
+        --label_smoothing_factor 0.1 --output_dir runs/translation --resume_from_checkpoint last
 
 A student of half the size that learns what the first says (sequence-level distillation):
 
-    accelerate launch --cpu --num_processes 1 --mixed_precision no recipes/finetune_seq2seq.py --task translation \
+    accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/finetune_seq2seq.py --task translation \
         --train_file data/train.tsv.gz --validation_file data/valid.tsv.gz --test_file data/test.tsv.gz \
         --columns source=0 target=1 --source_length 64 --target_length 64 --train_rows 20000 --test_rows 1000 \
         --teacher runs/translation/dense/model --tokenizer runs/translation/tokenizer --hidden_size 160 --layers 2 \
-        --max_steps 900 --per_device_train_batch_size 128 --learning_rate 2e-3 --output_dir runs/translation-student
+        --max_steps 1200 --per_device_train_batch_size 32 --learning_rate 1.5e-3 --output_dir runs/translation-student
 
 A pretrained model with a window, on documents and their summaries:
 
@@ -27,8 +27,8 @@ A pretrained model with a window, on documents and their summaries:
         --train_file a.jsonl --columns source=article target=summary --early_stopping 3 \
         --attention '{"mechanism": "window", "window": 256}'
 
-Expected: a table of the models in --output_dir. A tenth of the first, with its cost: the table in
-docs/results/translation/from_scratch.
+Expected: a table of the models in --output_dir. The first, on Tatoeba's sentences: BLEU 6.7 dense, 8.7 window, 5.0 low
+rank in 26 minutes on one core that others used too (docs/results/translation/from_scratch/table.md).
 """
 
 from dataclasses import dataclass, field

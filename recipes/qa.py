@@ -10,8 +10,9 @@ SQuAD's JSON, or rows of question, context and answers; paragraphs of one articl
         --train_file data/squad.json.gz --validation_share 0.25 --group_column title --source_length 384 \
         --learning_rate 2e-4 --num_train_epochs 3 --per_device_train_batch_size 8 --output_dir runs/qa
 
-Expected: exact match and F1 of both models, with seconds, in runs/qa/table.md. A long context is
-cut into pieces that overlap by --stride; with --positions 4096 --source_length 4096 and a window it is one piece.
+Expected: exact match and F1 of both models, with seconds, in runs/qa/table.md; on XQuAD's English, in two epochs
+and 12 minutes on one core, F1 0.43 and 0.34 (docs/results/qa/table.md). A long context is cut into pieces that
+overlap by --stride; with --positions 4096 --source_length 4096 and a window it is one piece.
 """
 
 from transformers import HfArgumentParser

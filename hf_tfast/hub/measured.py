@@ -70,6 +70,8 @@ def read_results(path: str | Path, facts: Facts) -> Measured:
     if isinstance(content, dict):
         if "retrieval" in content and "settings" in content:
             return _quickstart(content, facts, path)
+        if {"training", "quality", "speed"} <= set(content):
+            return _healing(content, facts, path)
         records = content.get("records", [content] if "attention" in content else [])
         if records and "task" in records[0]:
             return _tasks(records, facts, path)
@@ -198,7 +200,7 @@ def _healing(content: Record, facts: Facts, path: Path) -> Measured:
         f"{name}: {c['count']} documents of {c['mean_tokens']:.0f} tokens read, {c['queries']} queries."
         for name, c in quality.items()
     )
-    text = f"{_rows(columns, rows)}\n\n{_foot(content['quality']['environment'], about)}"
+    text = f"{_rows(columns, rows)}\n\n{_foot(content['speed']['environment'], about)}"
     return Measured("Finding long documents, after healing", text, figures)
 
 

@@ -38,9 +38,13 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     suite: Annotated[
         str | None,
-        typer.Option(help="Instead of a grid: targets, modules (every mechanism), models, peers, decode, feed_forward."),
+        typer.Option(
+            help="Instead of a grid: targets, modules (every mechanism), models, peers, decode, feed_forward."
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Samples of each competitor at most, taken in turns; suites say themselves.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(help="Samples of each competitor at most, taken in turns; suites say themselves.")
+    ] = 7,
     seconds: Annotated[
         float | None,
         typer.Option(help="Budget of one competitor in one case: 5, in a suite 60. What is over is skipped."),

@@ -33,7 +33,10 @@ def compiler() -> str | None:
 @cache
 def load(name: str) -> ctypes.CDLL:
     """The library of `name`.c. CannotCompile names what is missing, or what the compiler said."""
-    program, source = compiler(), Path(__file__).with_name(f"{name}.c")
+    # Not by __file__: code that a model carries as one generated file has no C beside it, and then runs without.
+    program, source = compiler(), Path(compiler.__code__.co_filename).with_name(f"{name}.c")
+    if not source.is_file():
+        raise CannotCompile(f"{source.name} does not lie beside the code that asks for it")
     if program is None:
         raise CannotCompile(f"there is no C compiler ({', '.join(COMPILERS)})")
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]

@@ -10,6 +10,7 @@ from typing import Any
 from ..attention import Mechanism, mechanism_from_dict, mechanisms
 from .environment import busy, environment
 from .environment import describe as describe_machine
+from .floor import floors
 from .folder import check_new, fresh_name, new_folder
 from .plot import has_lengths, need_matplotlib, plot
 from .speed import Timing, measure
@@ -92,8 +93,9 @@ def bench(
     if len({c.label for c in competitors}) < len(competitors):
         raise ValueError(f"a mechanism was given twice: {', '.join(c.label for c in competitors)}")
     records = [_machine(report)]
-    timings = measure(cases, competitors, rounds=rounds, seconds=seconds, report=report)
+    timings = list(measure(cases, competitors, rounds=rounds, seconds=seconds, report=report))
     records.extend(timing.record() for timing in timings)
+    records.extend(floors(timings))
     return _write(target, records, output), records
 
 
@@ -111,6 +113,7 @@ def bench_suite(
         who = [SDPA, Competitor(label(mechanism), mechanism)]
         timings.extend(measure(cases, who, rounds=rounds, seconds=seconds, report=report))
     records.extend(timing.record() for timing in timings)
+    records.extend(floors(timings))
     records.extend(judge(wanted, timings))
     return _write(target, records, output), records
 

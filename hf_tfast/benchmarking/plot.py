@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .table import PASSES, Record, groups
+from .table import PASSES, Record, groups, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +55,11 @@ def plot(records: Sequence[Record], path: Path, value: str = "time", subtitle: s
     FigureCanvasAgg(figure)
     mechanisms = [r["label"] for r in records if r.get("kind") == "timing" and r["mechanism"] is not None]
     colour = {name: COLOURS[n % len(COLOURS)] for n, name in enumerate(dict.fromkeys(mechanisms))}
-    for n, (_, same) in enumerate(panels):
+    for n, (heading, same) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, n + 1)
         _panel(axes, same, value, colour)
+        if value == "time":
+            _floor(axes, [r for r in records if r.get("kind") == "floor" and title(r) == heading], colour)
     if panels:
         figure.suptitle(_common_title(panels), x=0.01, ha="left", fontsize=12, fontweight="bold")
     if subtitle:
@@ -119,6 +121,15 @@ def _panel(axes: "Axes", records: list[Record], value: str, colour: dict[str, st
     axes.set_ylabel(name, fontsize=9)
     axes.tick_params(labelsize=8)
     _label_ends(axes, ends)
+
+
+def _floor(axes: "Axes", floors: Sequence[Record], colour: dict[str, str]) -> None:
+    """The arithmetic floor of a mechanism, dotted in its colour."""
+    for label in dict.fromkeys(r["label"] for r in floors):
+        points = sorted((r["length"], r["seconds"] * 1e3) for r in floors if r["label"] == label)
+        axes.plot(*zip(*points, strict=True), ":", color=colour[label], linewidth=1.4, label=f"matmuls of {label}")
+    if floors:
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _label_ends(axes: "Axes", ends: list[tuple[float, float, str, str]]) -> None:

@@ -81,6 +81,20 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     return sentences
 
 
+def beside_floors(same: Sequence[Record], records: Sequence[Record]) -> list[str]:
+    """One sentence per timing of a group that has an arithmetic floor: how far above it stands."""
+    mine = [r for r in records if r.get("kind") == "floor" and all(r[name] == same[0][name] for name in _SIZE)]
+    found = []
+    for floor in sorted(mine, key=lambda r: r["length"]):
+        named = (floor["label"], floor["length"])
+        took = next(r["seconds"] for r in same if (r["label"], r["length"]) == named and "seconds" in r)
+        found.append(
+            f"{named[0]} at L={named[1]} takes {took / floor['seconds']:.1f} times its matrix products: "
+            f"{_ms(floor['seconds'])} ms at {floor['peak'] / 1e9:,.0f} GFLOP/s"
+        )
+    return found
+
+
 def terminal_tables(records: Sequence[Record]) -> "list[Table]":
     """One rich table a group; faster than SDPA is green, slower red."""
     from rich.markup import escape
@@ -89,7 +103,7 @@ def terminal_tables(records: Sequence[Record]) -> "list[Table]":
     tables = []
     for heading, same in groups(records):
         notes = [f"{r['label']} at L={r['length']}: {r['skipped']}" for r in same if "skipped" in r]
-        caption = "\n".join([*verdicts(same), *notes])
+        caption = "\n".join([*verdicts(same), *beside_floors(same, records), *notes])
         table = Table(title=heading, title_justify="left", caption=escape(caption), caption_justify="left")
         for name in COLUMNS:
             names = name == "attention"
@@ -115,7 +129,7 @@ def markdown(records: Sequence[Record]) -> str:
     for heading, same in groups(records):
         rows = [COLUMNS, ["---:", "---", "---:", "---:", "---:", "---:"], *(cells(r) for r in same)]
         parts.append(f"### {heading}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
-        parts.extend(f"{sentence}.\n" for sentence in verdicts(same))
+        parts.extend(f"{sentence}.\n" for sentence in [*verdicts(same), *beside_floors(same, records)])
     for record in records:
         if record.get("kind") == "environment":
             parts.append(f"Machine: {describe(record)}\n\nMade by: `{record['command']}`\n")

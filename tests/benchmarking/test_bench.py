@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from hf_tfast import Dense, Window
+from hf_tfast import Dense, Performer, TopK, Window
 from hf_tfast.attention import mechanisms
 from hf_tfast.benchmarking import bench as runs
-from hf_tfast.benchmarking import speed
+from hf_tfast.benchmarking import floor, speed
 from hf_tfast.benchmarking.bench import Output, bench, bench_suite, grid, parse_mechanisms
 from hf_tfast.benchmarking.suites import SUITES, Target
 from hf_tfast.benchmarking.workload import Case
@@ -36,7 +37,7 @@ def test_a_run_writes_everything(tmp_path):
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert lines == json.loads(json.dumps(records))
     assert lines[0]["kind"] == "environment"
-    seen = {(r["label"], r["length"], r["dtype"], r["passes"]) for r in lines[1:]}
+    seen = {(r["label"], r["length"], r["dtype"], r["passes"]) for r in lines[1:] if r["kind"] == "timing"}
     labels = ("SDPA", "Window(window=4)", "Dense")
     assert seen == {(name, c.length, c.dtype, c.passes) for name in labels for c in cases}
     table = (folder / "table.md").read_text()
@@ -46,7 +47,7 @@ def test_a_run_writes_everything(tmp_path):
 
 def test_left_padding_adds_the_sdpa_that_honours_it(tmp_path):
     _, records = run(Output(out=tmp_path / "out", plots=False), [replace(TINY, left_padding=5)])
-    assert [r["label"] for r in records[1:]] == ["SDPA", "SDPA masked", "Window(window=4)"]
+    assert [r["label"] for r in records[1:] if r["kind"] == "timing"] == ["SDPA", "SDPA masked", "Window(window=4)"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -113,3 +114,29 @@ def test_none_said_means_all_that_can(causal):
 def test_bad_mechanisms(said, fields, words):
     with pytest.raises(ValueError, match=words):
         parse_mechanisms(said, fields, True)
+
+
+def test_the_floor_counts_every_pair_once(monkeypatch):
+    case = replace(TINY, length=30, passes="both")
+    for causal, window, sinks in ((True, 4, 0), (True, 5, 3), (False, 4, 2)):
+        mechanism = Window(window=window, sinks=sinks)
+        i, j = torch.meshgrid(torch.arange(30), torch.arange(30), indexing="ij")
+        near = (i - j < window) & (j <= i) if causal else (i - j).abs() <= window
+        read = near | ((j < sinks) & (j <= i) if causal else (j < sinks) | (i < sinks))
+        assert floor.operations(mechanism, replace(case, causal=causal)) == 2 * int(read.sum()) * 8 * 7 * case.heads
+        forward = replace(case, causal=causal, passes="forward")
+        assert floor.operations(mechanism, forward) == 2 * int(read.sum()) * 8 * 2 * case.heads
+    assert floor.operations(TopK(k=4, block=4), case) is None  # which pairs, the content decides
+    assert floor.operations(Performer(features=8), case) is None
+    monkeypatch.setattr(floor, "QUERIES", 10)
+    sampled = floor.operations(Dense(), replace(case, causal=False))
+    assert sampled == 2 * 900 * 8 * 7 * case.heads
+
+
+def test_the_floor_stands_in_the_records_the_table_and_the_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(floor, "SIDE", 64)
+    folder, records = run(Output(out=tmp_path / "out"), grid(TINY, [20, 40], ["fp32"], ["forward"]))
+    found = [r for r in records if r["kind"] == "floor"]
+    assert [r["length"] for r in found] == [20, 40]
+    assert all(r["seconds"] == r["operations"] / r["peak"] and "samples" not in r for r in found)
+    assert (folder / "table.md").read_text().count("times its matrix products") == 2

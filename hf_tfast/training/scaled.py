@@ -19,6 +19,8 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import recursively_apply
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -196,6 +198,13 @@ class Scaled:
             new = self.state.num_input_tokens_seen - before
             self.state.num_input_tokens_seen = before + new * self.data_ranks // self.args.world_size
 
+    def _run_epoch(self, **given: Any) -> None:
+        """As Trainer's, which takes one step too many where it resumes from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+        else:
+            super()._run_epoch(**given)  # type: ignore[misc]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with whole_checkpoint(self, trial) as folder:
             self._folder = folder
@@ -300,6 +309,8 @@ def cut_model(model: PreTrainedModel, layout: Layout, folder: Path, local_rank: 
     config = layout.distributed_config()
     if config is None:
         return model
+    if layout.data_ranks > 1 and (stacks := _unplanned_stacks(model)):
+        config.fsdp_plan = dict.fromkeys(stacks, "free_full_weight")
     if local_rank == 0:
         model.save_pretrained(folder)
     dist.barrier()
@@ -310,3 +321,10 @@ def cut_model(model: PreTrainedModel, layout: Layout, folder: Path, local_rank: 
             file.unlink()
         folder.rmdir()
     return cut
+
+
+def _unplanned_stacks(model: PreTrainedModel) -> list[str]:
+    """Stacks of layers that the family's plan for FSDP2 leaves out, BERT's for one, which calls them other names: the
+    whole model would be one part, gathered at once."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer))
+    return sorted({replace_layer_number_by_wildcard(name) for name in layers} - set(model.fsdp_plan))

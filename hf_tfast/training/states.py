@@ -12,16 +12,45 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.utils import get_total_norm
 
-__all__ = ["gather_states", "gradient_norm", "is_cut", "match_schedule", "read_weights", "scatter_states"]
+__all__ = [
+    "free_copies",
+    "gather_states",
+    "gradient_norm",
+    "held_bytes",
+    "is_cut",
+    "match_schedule",
+    "read_weights",
+    "scatter_states",
+]
 
 NAMES = "names"
 
 
 def is_cut(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    """Are weights cut over processes? Parameters alone do not tell: FSDP2 has whole copies in their place until the
+    backward pass, and keeps those of some modules (of a model without stacks of layers: all) after an evaluation."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def free_copies(model: nn.Module) -> None:
+    """Put the parts, which optimisers know and files are read into, back in the place of FSDP2's whole copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of weights, buffers and states of the optimiser, the parts that this process holds."""
+    free_copies(model)
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in [*model.parameters(), *model.buffers(), *states])
+    return sum(x.nbytes for x in local)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> float:
@@ -39,6 +68,7 @@ def gather_states(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool
 
     Tensors are gathered one at a time; processes that do not `keep` take part and hold nothing.
     """
+    free_copies(model)
     known = {p: name for name, p in model.named_parameters()}
     names: list[str] = []
     state, groups = {}, []
@@ -56,6 +86,7 @@ def gather_states(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool
 
 def scatter_states(saved: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """`saved` of any layout -> the state_dict that this optimiser loads. ValueError where the parameters differ."""
+    free_copies(model)
     names = saved[NAMES]
     numbers = {name: n for n, name in enumerate(names)}
     known = {p: name for name, p in model.named_parameters()}
@@ -85,6 +116,7 @@ def match_schedule(
 ) -> dict[str, Any]:
     """The state of a learning rate schedule, whose lists have an entry for every group of parameters: layouts group
     them differently, so each of this optimiser's groups takes the entries of the one its parameters come from."""
+    free_copies(model)
     known = {p: name for name, p in model.named_parameters()}
     groups = [{saved[NAMES][n] for n in group["params"]} for group in saved["param_groups"]]
     filled = [n for n, group in enumerate(groups) if group]
@@ -100,6 +132,7 @@ def match_schedule(
 
 def read_weights(folder: Path, model: nn.Module) -> None:
     """Every parameter and saved buffer from the folder's safetensors. ValueError where a parameter is not there."""
+    free_copies(model)
     files = sorted(folder.glob("*.safetensors"))
     missing = {name for name, _ in model.named_parameters()}
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -81,12 +81,12 @@ def finetune(
 
 
 def check_cut(name: str | None, args: TaskTrainingArguments) -> None:
-    """ValueError where a model of another family would be cut: saved by two processes, a BERT in shards hung."""
-    if name is None or args.layout.plain or AutoConfig.from_pretrained(name).model_type.startswith("tfast"):
+    """ValueError where heads of another family would be cut, whose modules no plan here names."""
+    if name is None or args.layout.tensor == 1 or AutoConfig.from_pretrained(name).model_type.startswith("tfast"):
         return
     raise ValueError(
-        f"{name} is no TFast model, and recipes of tasks cut only these over processes (layout: {args.layout}): train "
-        "it data parallel, recipes/accelerate/ddp.yaml"
+        f"{name} is no TFast model, and recipes of tasks cut only the heads of these over processes (layout: "
+        f"{args.layout}): shard its weights (--shard, recipes/accelerate/fsdp2.yaml), or train it data parallel"
     )
 
 

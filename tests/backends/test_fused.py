@@ -10,9 +10,9 @@ import torch
 from hf_tfast.attention import Mask, Score, attend
 from hf_tfast.attention.window import Window
 from hf_tfast.backends import fused
-from hf_tfast.backends import native as compiled
 from hf_tfast.testing import Shape, assert_near, generator, qkv, with_gradients
 from tests.attention.contract import MASKS, make_mask, make_score
+from tests.backends.broken_compiler import broken_compiler
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
 SHAPES = {  # name: shape, window, sinks
@@ -158,28 +158,12 @@ class _Attends(torch.nn.Module):
 
 @pytest.mark.parametrize(("compiler", "words"), [(None, "there is no C compiler"), ("exit 1", "exit status 1")])
 def test_without_a_compiler_that_works_it_says_so_once(monkeypatch, caplog, tmp_path, compiler, words):
-    program = tmp_path / "cc"
-    program.write_text(f"#!/bin/sh\n{compiler}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: compiler and str(program))
-    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
-    monkeypatch.setattr(fused.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    caches = (compiled.load, fused._library)
-    for each in caches:
-        each.cache_clear()
-    try:
+    with broken_compiler(monkeypatch, tmp_path, compiler, fused._library, capability="AVX2") as said:
         q, k, v = qkv(Shape(j=40), "none", dtype=torch.float32)
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 compare(Window(window=8), Mask(causal=True), Score(), q, k, v)
-        said = [r.message for r in caplog.records if "attention in a window" in r.message]
-        assert len(said) == 1
-        assert words in said[0]
-        assert list(tmp_path.iterdir()) == [program]
-    finally:
-        monkeypatch.undo()
-        for each in caches:
-            each.cache_clear()
+        assert words in said(caplog, "attention in a window")
 
 
 @pytest.mark.parametrize("wrong", ["before", "after", "offset", "scale", "first"])

@@ -11,6 +11,7 @@ from hf_tfast.backends import native as compiled
 from hf_tfast.backends.int8 import ACTIVATIONS, _steps, int8_feed_forward, int8_linear
 from hf_tfast.backends.int8_steps import Layer
 from hf_tfast.backends.native import CannotCompile
+from tests.backends.broken_compiler import broken_compiler
 from tests.feed_forward.int8_products import definition, product, random
 
 
@@ -103,30 +104,15 @@ def test_threads_share_nothing(native):
     ],
 )
 def test_without_a_compiler_that_works_it_says_so_and_runs_bf16(monkeypatch, caplog, tmp_path, compiler, words):
-    program = tmp_path / "cc"
-    program.write_text(f"#!/bin/sh\n{compiler}\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: compiler and str(program))
-    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
-    monkeypatch.setattr(backend.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    caches = (compiled.load, backend._steps, backend._way_of)
-    for each in caches:
-        each.cache_clear()
-    try:
+    caches = (backend._steps, backend._way_of)
+    with broken_compiler(monkeypatch, tmp_path, compiler, *caches, capability="AVX512") as said:
         weight, p = product(24, 40)
         x = random(size=(5, 40))
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
                 y = int8_linear(x, p)
         assert (y - (x @ weight.T + p.bias)).norm() < 0.02 * y.norm()
-        said = [r.message for r in caplog.records if "multiply in bf16" in r.message]
-        assert len(said) == 1
-        assert words in said[0]
-        assert list(tmp_path.iterdir()) == [program]
-    finally:
-        monkeypatch.undo()
-        for each in caches:
-            each.cache_clear()
+        assert words in said(caplog, "multiply in bf16")
 
 
 def test_the_library_is_compiled_once(monkeypatch, tmp_path):

@@ -37,6 +37,7 @@ __all__ = ["encoder", "llama", "openvino"]
 Built = tuple[Callable[[], Tensor], tuple[Tensor, ...]]
 NOTHING = "tfast_bench_nothing"
 VOCABULARY = 8192
+LONGEST = 8192  # tokens of an encoder's document: dense ones take minutes beyond
 ENCODERS: dict[str, dict[str, Any]] = {
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "BERT base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -74,8 +75,8 @@ def _llama(dtype: str, device: str, positions: int, attention: str, fast: Mechan
 def encoder(
     case: Case, inputs: Inputs, *, shape: str, fast: Mechanism | None = None, form: Form | None = None
 ) -> Built:
-    """One document through an encoder. CannotRun for training passes."""
-    _forward_only(case)
+    """One document through an encoder. CannotRun for training passes and for documents longer than LONGEST."""
+    _encoders(case)
     model = _encoder(shape, case.dtype, case.device, case.length, fast, form)
     ids = _ids(case, model.config.vocab_size)
     return (lambda: model(input_ids=ids).last_hidden_state), ()
@@ -96,7 +97,7 @@ def _encoder(
 def openvino(case: Case, inputs: Inputs, *, shape: str, int8: bool = False) -> Built:
     """The dense encoder compiled by OpenVINO for this processor: in the precision of the case, or quantised to int8 by
     NNCF's post-training quantisation for transformers. CannotRun where OpenVINO (or NNCF) is not installed."""
-    _forward_only(case)
+    _encoders(case)
     for name in ("openvino", "nncf") if int8 else ("openvino",):
         if find_spec(name) is None:
             raise CannotRun(f"{name} is not installed")
@@ -137,9 +138,11 @@ class _States(nn.Module):
         return self.model(input_ids=input_ids).last_hidden_state
 
 
-def _forward_only(case: Case) -> None:
+def _encoders(case: Case) -> None:
     if case.passes != "forward":
         raise CannotRun("encoders are measured forward")
+    if case.length > LONGEST:
+        raise CannotRun(f"encoders are measured up to {LONGEST} tokens")
 
 
 def _ids(case: Case, vocabulary: int) -> Tensor:

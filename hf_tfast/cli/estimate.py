@@ -21,6 +21,7 @@ def estimate(
     ] = "dense",
     checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward pass.")] = False,
     efficiency: Annotated[float, typer.Option(help="Share of the peak that matrix products reach.")] = 0.4,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Compute in fp32 instead of bf16 autocast.")] = False,
     show: Annotated[int, typer.Option(help="How many layouts.")] = 5,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def estimate(
     sizes = Sizes.of(_config(model))
     chosen = parse([mechanism if ":" in mechanism else f"{mechanism}:"], length)[0]
     run = Run(length=length, batch=gpus if batch is None else batch, gpus=gpus, checkpointing=checkpointing,
-              efficiency=efficiency)  # fmt: skip
+              efficiency=efficiency, narrow=4 if fp32 else 2)  # fmt: skip
     found = compute(sizes, chosen, run, HARDWARE[gpu])[:show]
     if as_json:
         print_json({"parameters": sizes.parameters, "mechanism": chosen.to_dict(), "gpu": HARDWARE[gpu].name,
@@ -49,7 +50,8 @@ def estimate(
     for one in found:
         parts = f"weights {one.weights / 1e9:.1f}, gradients {one.gradients / 1e9:.1f}, optimiser " \
                 f"{one.optimiser / 1e9:.1f}, activations {one.activations / 1e9:.1f}"  # fmt: skip
-        print(f"{one.shares!s:<40} {one.memory / 1e9:7.1f} GB ({parts}) {one.step_s:9.3f} s, bound by {one.bound}"
+        print(f"{one.shares!s:<40} {one.memory / 1e9:7.1f} GB ({parts}) {one.step_s:9.3f} s, bound by {one.bound}, "
+              f"{one.sent / 1e9:.3g} GB sent"
               + ("" if one.shares.runs else " (the recipes do not combine these yet)"))  # fmt: skip
     print(f"A sequence in generation keeps {found[0].cache / 1e9:.3g} GB of keys and values.")
 

@@ -16,19 +16,23 @@ from .estimate_model import Sizes, cache_bytes, pairs_per_token, sent_per_layer,
 
 __all__ = ["Estimate", "Run", "Shares", "estimate", "layouts"]
 
-WEIGHT, GRADIENT, OPTIMISER, NARROW = 4, 4, 8, 2  # bytes a number: fp32 weights under bf16 autocast, AdamW
+WEIGHT, GRADIENT, OPTIMISER = 4, 4, 8  # bytes a number: fp32 weights, also where autocast computes in bf16; AdamW
 USABLE = 0.9  # of a GPU's memory; the rest is the allocator's and the libraries'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is trained: `batch` sequences of `length` tokens a step, on `gpus` GPUs."""
+    """What is trained: `batch` sequences of `length` tokens a step, on `gpus` GPUs.
+
+    narrow  bytes of a number that layers compute with: 2 under bf16 autocast, 4 in fp32.
+    """
 
     length: int
     batch: int
     gpus: int
     checkpointing: bool = False
     efficiency: float = 0.4
+    narrow: int = 2
 
     def __post_init__(self) -> None:
         for name in ("length", "batch", "gpus"):
@@ -36,6 +40,8 @@ class Run:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.efficiency <= 1:
             raise ValueError(f"efficiency is a share of the peak, above 0 and at most 1, got {self.efficiency}")
+        if self.narrow not in (2, 4):
+            raise ValueError(f"numbers have 2 bytes (bf16 autocast) or 4 (fp32), got {self.narrow}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +70,7 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on the fullest GPU, and seconds of a step that each resource alone would need."""
+    """Bytes on the fullest GPU and bytes that it sends in a step; seconds that each resource alone would need."""
 
     shares: Shares
     weights: float
@@ -75,6 +81,7 @@ class Estimate:
     compute_s: float
     bandwidth_s: float
     network_s: float
+    sent: float
     fits: bool
 
     @property
@@ -137,20 +144,23 @@ def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, share
     rows = run.batch // shares.data
     tokens = run.length // shares.sequence  # of one row, on one GPU
     activations = _activations(sizes, mechanism, run, shares, tokens)  # rows one by one, gradients accumulated
-    gathered = held / max(sizes.layers / shares.pipeline, 1) * NARROW if shares.shard > 1 else 0.0
+    gathered = held / max(sizes.layers / shares.pipeline, 1) * WEIGHT if shares.shard > 1 else 0.0
     compute = _flops(sizes, mechanism, run) / (run.gpus * hardware.flops * run.efficiency)
     compute *= 1 + (shares.pipeline - 1) / rows  # the bubble
-    touched = per_gpu * (2 * WEIGHT + 2 * GRADIENT + 2 * OPTIMISER) + rows * 3 * (held * NARROW + activations)
+    touched = per_gpu * (2 * WEIGHT + 2 * GRADIENT + 2 * OPTIMISER) + rows * 3 * (held * run.narrow + activations)
+    groups = list(_traffic(sizes, mechanism, run, shares, held))
+    links = [hardware.link(span) for span, _, _ in groups]
     e = Estimate(
         shares=shares,
         weights=per_gpu * WEIGHT + gathered,
         gradients=per_gpu * GRADIENT,
         optimiser=per_gpu * OPTIMISER,
         activations=activations,
-        cache=cache_bytes(sizes, mechanism, run.length, NARROW),
+        cache=cache_bytes(sizes, mechanism, run.length, run.narrow),
         compute_s=compute,
         bandwidth_s=touched / hardware.bandwidth,
-        network_s=_network(sizes, mechanism, hardware, shares, held, rows, tokens),
+        network_s=sum(b / fast + n * wait for (_, b, n), (fast, wait) in zip(groups, links, strict=True)),
+        sent=sum(b for _, b, _ in groups),
         fits=False,
     )
     return replace(e, fits=e.memory <= USABLE * hardware.memory)
@@ -160,12 +170,12 @@ def _activations(sizes: Sizes, mechanism: Mechanism, run: Run, shares: Shares, t
     """Bytes kept for the backward pass. Under 1F1B the first stage holds one micro-batch for every stage, of its own
     share of the layers: as much as all layers of one micro-batch."""
     wide = sizes.hidden * 4
-    cut = (4 * sizes.heads * sizes.width + 5 * sizes.groups * sizes.width + 4 * sizes.inner) * NARROW
-    layer = 2 * wide + 2 * sizes.hidden * NARROW + cut / shares.tensor
+    cut = (4 * sizes.heads * sizes.width + 5 * sizes.groups * sizes.width + 4 * sizes.inner) * run.narrow
+    layer = 2 * wide + 2 * sizes.hidden * run.narrow + cut / shares.tensor
     layer += workspace_per_token(sizes, mechanism) / shares.tensor
     layers = sizes.layers
     kept = layers * wide + layer if run.checkpointing else layers * layer
-    return tokens * (kept + sizes.vocabulary * (4 + 4 + NARROW) / shares.tensor)
+    return tokens * (kept + sizes.vocabulary * (4 + 4 + run.narrow))  # every process has the logits whole
 
 
 def _flops(sizes: Sizes, mechanism: Mechanism, run: Run) -> float:
@@ -176,36 +186,36 @@ def _flops(sizes: Sizes, mechanism: Mechanism, run: Run) -> float:
     return matrices * (4 if run.checkpointing else 3) + attention * (4.5 if run.checkpointing else 3.5)
 
 
-def _network(
-    sizes: Sizes, mechanism: Mechanism, hardware: Hardware, shares: Shares, held: float, rows: int, tokens: int
-) -> float:
-    """Seconds that the busiest GPU's links are in use, group by group; groups inside a machine use its faster ones."""
+def _traffic(
+    sizes: Sizes, mechanism: Mechanism, run: Run, shares: Shares, held: float
+) -> Iterator[tuple[int, float, float]]:
+    """(neighbours among whom a group lies, bytes that a member sends in a step, messages one after another) of every
+    kind of sharing; groups inside a machine use its faster links."""
+    rows, tokens = run.batch // shares.data, run.length // shares.sequence
     layers = sizes.layers / shares.pipeline
-    states = rows * tokens * sizes.hidden * NARROW
-    span, seconds = 1, 0.0
-
-    def add(size: int, sent: float, messages: float) -> None:
-        nonlocal span, seconds
-        span *= size
-        if size > 1:
-            bandwidth, latency = hardware.link(span)
-            seconds += sent / bandwidth + messages * latency
-
-    add(shares.tensor, 4 * layers * states * 2 * (shares.tensor - 1) / shares.tensor, 4 * layers)
-    halo, hops = sent_per_layer(sizes, mechanism, shares.sequence, NARROW)
-    add(shares.sequence, layers * rows * halo / shares.tensor, layers * hops)
-    if shares.sequence > 1:
-        seconds += _all_reduce(held * GRADIENT / shares.shard, shares.sequence, *hardware.link(span))
-    add(shares.pipeline, 2 * states, 2 * rows)
-    add(shares.shard, rows * 3 * held * NARROW * (shares.shard - 1) / shares.shard, rows * 3 * layers)
+    states = rows * tokens * sizes.hidden * run.narrow
+    t, s, span = shares.tensor, shares.sequence, shares.tensor
+    if t > 1:  # two sums a layer forward, two backward; embeddings forward, the output layer backward, and its logits
+        logits = rows * tokens * sizes.vocabulary * run.narrow * (t - 1) / t
+        yield span, (4 * layers + 2) * states * 2 * (t - 1) / t + logits, rows * (4 * layers + 3)
+    span *= s
+    if s > 1:
+        halo, hops = sent_per_layer(sizes, mechanism, s, run.narrow)
+        summed, rounds = _all_reduce(held * GRADIENT / shares.shard, s)
+        yield span, layers * rows * halo / t + summed, layers * hops * rows + rounds
+    span *= shares.pipeline
+    if shares.pipeline > 1:
+        yield span, 2 * states, 2 * rows
+    span *= shares.shard
+    if shares.shard > 1:  # gathered forward and backward, gradients scattered: in fp32, of which autocast makes bf16
+        yield span, rows * 3 * held * WEIGHT * (shares.shard - 1) / shares.shard, rows * 3 * layers
+    span *= shares.replicas
     if shares.replicas > 1:
-        span *= shares.replicas
-        seconds += _all_reduce(held * GRADIENT / shares.shard, shares.replicas, *hardware.link(span))
-    return seconds
+        yield span, *_all_reduce(held * GRADIENT / shares.shard, shares.replicas)
 
 
-def _all_reduce(size: float, ranks: int, bandwidth: float, latency: float) -> float:
-    return 2 * size * (ranks - 1) / ranks / bandwidth + 2 * (ranks - 1) ** 0.5 * latency
+def _all_reduce(size: float, ranks: int) -> tuple[float, float]:
+    return 2 * size * (ranks - 1) / ranks, 2 * (ranks - 1) ** 0.5
 
 
 def _divisors(n: int) -> list[int]:

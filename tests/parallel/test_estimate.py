@@ -95,6 +95,29 @@ def test_bad_input():
         estimate(LARGE, Hashed(), Run(length=1024, batch=1, gpus=1), HARDWARE["h100"])
     with pytest.raises(ValueError, match="at least 1"):
         Run(length=0, batch=1, gpus=1)
+    with pytest.raises(ValueError, match="2 bytes .* or 4"):
+        Run(length=8, batch=1, gpus=1, narrow=8)
+
+
+def test_what_is_sent():
+    """By the definition of the collective operations: rings send all but a share of what they sum, twice."""
+    given = Run(length=4096, batch=8, gpus=4, narrow=4), HARDWARE["h100"]
+    small = Sizes(layers=3, hidden=64, heads=4, groups=4, width=16, inner=128, vocabulary=1000)
+
+    def sent(mechanism=Window(window=64), **shares):  # noqa: B008 frozen
+        return estimate(small, mechanism, *given, Shares(**shares))[0].sent
+
+    gradients = 2 * 4 * small.parameters * 3 / 4
+    assert sent(replicas=4) == gradients
+    assert sent(shard=4) == 3 * 4 * small.parameters * 3 / 4 * 2  # two rows a GPU, one after the other
+    states = 8 * 4096 * 64 * 4 * 2 * 3 / 4
+    assert sent(tensor=4) == 14 * states + 8 * 4096 * 1000 * 4 * 3 / 4
+    halo = 2 * 63 * 2 * 64 * 4  # keys and values forward, their gradients backward
+    assert sent(sequence=4) == gradients + 8 * 3 * halo
+    half = Run(length=4096, batch=8, gpus=4), HARDWARE["h100"]
+    narrow = estimate(small, Window(window=64), *half, Shares(tensor=4))[0]
+    assert narrow.sent == sent(tensor=4) / 2
+    assert narrow.activations < estimate(small, Window(window=64), *given, Shares(tensor=4))[0].activations
 
 
 def test_command():

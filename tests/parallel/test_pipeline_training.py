@@ -3,6 +3,8 @@
 import pytest
 
 from hf_tfast.testing import assert_near
+from hf_tfast.training.piped import PipelineTrainer
+from hf_tfast.training.trainer import PretrainingTrainer
 from tests.parallel.ranks import run
 from tests.parallel.trainings import train
 from tests.training.tiny import write_texts
@@ -46,3 +48,71 @@ def test_an_encoder(tmp_path):
     expected = train(texts, tmp_path / "one", model=MODEL, two_way=True)[0]
     found = run(on_rank, 2, texts, str(tmp_path), ["pipeline"], two_way=True, group=False, timeout=280)[0]
     assert_same(found["pipeline"], expected, "pipeline")
+
+
+FOUR = {  # the rows of a step are shared by two pipelines of two processes
+    "pipeline x replicas": {"pipeline_parallel": 2, "per_device_train_batch_size": 2},
+    "accumulated": {"pipeline_parallel": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "pipeline of four": {"pipeline_parallel": 4, "per_device_train_batch_size": 4},
+}
+
+
+def on_four(texts, folder):
+    return {name: train(texts, f"{folder}/{name}", model=MODEL, **FOUR[name])[0] for name in FOUR}
+
+
+@pytest.mark.slow
+def test_replicas_of_a_pipeline(tmp_path):
+    """Four processes: losses, norms and weights of one."""
+    texts = write_texts(tmp_path / "texts", count=12)
+    expected = train(texts, tmp_path / "one", model=MODEL)[0]
+    twice = train(texts, tmp_path / "twice", model=MODEL, gradient_accumulation_steps=2)[0]
+    for found in run(on_four, 4, texts, str(tmp_path), group=False, timeout=500):
+        for name in FOUR:
+            assert_same(found[name], twice if name == "accumulated" else expected, name)
+
+
+RESUMED = {"max_steps": 6, "save_steps": 3, "eval_steps": 3, "model": MODEL}
+
+
+def stopped(texts, out, trainer, options):
+    """Three of six steps, as if the processes had been killed in the fourth."""
+    original = trainer.training_step
+
+    def step(self, *given, **more):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return original(self, *given, **more)
+
+    trainer.training_step = step
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(texts, out, **{**options, **RESUMED})
+    finally:
+        trainer.training_step = original
+
+
+def resumed(texts, folder):
+    """On a rank: a pipeline that is stopped and goes on, also from the interleaved stages and from one process."""
+    found = {}
+    for name in ("pipeline", "interleaved"):
+        stopped(texts, f"{folder}/{name}", PipelineTrainer, RUNS[name])
+    for name, options in {"interleaved": "pipeline", "pipeline": "pipeline", "single": "interleaved"}.items():
+        given = {**RUNS[options], "resume_from_checkpoint": "last", **RESUMED}
+        found[name] = train(texts, f"{folder}/{name}", **given)[0]
+    stopped(texts, f"{folder}/left", PipelineTrainer, RUNS["pipeline"])
+    return found
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on(tmp_path):
+    """The next losses are those of an unbroken training; from a pipeline, to one, and from one to a single process."""
+    texts = write_texts(tmp_path / "texts", count=12)
+    one = {"per_device_train_batch_size": 4}
+    unbroken = train(texts, tmp_path / "unbroken", **RESUMED)[0]
+    stopped(texts, tmp_path / "single", PretrainingTrainer, one)
+    found = run(resumed, 2, texts, str(tmp_path), group=False, timeout=500)[0]
+    found["left"] = train(texts, tmp_path / "left", resume_from_checkpoint="last", **RESUMED)[0]
+    for name in ("pipeline", "interleaved", "single", "left"):
+        assert_same(found[name], unbroken, name)
+        assert found[name]["loss"][3] == pytest.approx(unbroken["loss"][3], rel=1e-5), f"first loss after {name}"

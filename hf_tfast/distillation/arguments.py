@@ -74,8 +74,8 @@ class DistillationArguments(PretrainingArguments):
             raise ValueError(f"there are no steps: layer_steps={self.layer_steps}, max_steps={self.max_steps}")
         if self.patience:
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
+        check_whole_models(self, "distillation")  # before processes meet
         super().__post_init__()
-        check_whole_models(self, "distillation")
         self.layers, self.whole = self._objectives()
 
     def _objectives(self) -> tuple[LayerMatching, LogitMatching]:

@@ -14,17 +14,18 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, set_seed
 
 from ..benchmarking.environment import environment
 from ..benchmarking.folder import check_new, new_folder
-from ..training.arguments import LEARNED, DataArguments, read_attention
+from ..training.arguments import BYTES, LEARNED, DataArguments, read_attention
 from ..training.data import Data, prepare
 from ..training.faults import Terminated
 from ..training.guards import check_launch
 from ..training.packing import collate
 from ..training.plot import need_matplotlib
 from ..training.run import _checkpoint, _differences, _last_evaluation, write_json
+from ..training.tokens import byte_tokenizer, known_tokenizer
 from .arguments import DistillationArguments, StudentArguments
 from .cache import INDEX, CachedTeacher, cache_logits
 from .layerwise import LayerMatching
@@ -32,6 +33,7 @@ from .report import speeds, write_report
 from .sharpness import sharpness
 from .students import fast_copy, load_teacher, smaller
 from .trainer import DistillationTrainer
+from .whole import LogitMatching, check_vocabularies
 
 __all__ = ["distill"]
 
@@ -54,6 +56,8 @@ def distill(data: DataArguments, student: StudentArguments, args: DistillationAr
     most = getattr(teacher.config.get_text_config(), "max_position_embeddings", data.length)
     if data.length > most:
         raise ValueError(f"--length {data.length} is beyond the teacher's {most} positions")
+    if data.tokenizer != student.teacher:
+        _check_tokens(data, teacher, student.teacher)
     folder = Path(args.output_dir or "")
     with args.main_process_first(local=False, desc="folder"):
         if args.process_index == 0:
@@ -93,6 +97,23 @@ def _open(folder: Path, data: DataArguments, student: StudentArguments, args: Di
     check_new(folder, args.overwrite, MARK)
     with new_folder(folder, overwrite=args.overwrite, mark=MARK) as working:
         write_json(settings, working / MARK)
+
+
+def _check_tokens(data: DataArguments, teacher: PreTrainedModel, name: str) -> None:
+    """ValueError where texts would be cut into tokens that mean something else to the teacher, or nothing."""
+    given = byte_tokenizer(data.length, False) if data.tokenizer == BYTES else known_tokenizer(data.tokenizer)
+    size, tokens = teacher.config.get_text_config().vocab_size, given.get_vocab()
+    try:
+        own = AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError):  # it came without one: nobody knows what its tokens mean
+        own = tokens
+    if tokens != own:
+        check_vocabularies(teacher, size, LogitMatching(), (tokens, own))
+    if (most := max(tokens.values())) >= size:
+        raise ValueError(
+            f"--tokenizer {data.tokenizer} has a token {most}, and the teacher's are 0 to {size - 1}: leave "
+            "--tokenizer out, and texts are cut as the teacher's were"
+        )
 
 
 def _cached(teacher: PreTrainedModel, data: Data, student: StudentArguments, folder: Path) -> CachedTeacher:

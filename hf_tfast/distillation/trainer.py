@@ -21,6 +21,7 @@ from transformers.data.data_collator import DataCollator
 from ..training.evaluation import Evaluation, Sums
 from ..training.packing import collate
 from ..training.scaled import Scaled
+from ..training.scaling import check_whole_models
 from ..training.trainer import Clock, Diverged
 from ._batch import inner, main_input
 from .cache import CachedTeacher
@@ -44,8 +45,9 @@ class DistillationTrainer(Scaled, Trainer):
     evaluation   hf_tfast.training's Evaluation of held-out rows, whose metrics then replace those of Trainer; or
                  leave it out and give eval_dataset, whose eval_loss is the loss of distillation.
 
-    ValueError for a teacher and a student that do not fit, and a data set that does not fill a step. Diverged where
-    loss or gradients are not finite: it says where that began, and no checkpoint holds weights from after.
+    ValueError for a teacher and a student that do not fit, a data set that does not fill a step, and launches that
+    cut models over processes. Diverged where loss or gradients are not finite: it says where that began, and no
+    checkpoint holds weights from after.
     """
 
     loss_is_scaled_for_ga = True  # divided by the tokens of the whole step
@@ -76,6 +78,7 @@ class DistillationTrainer(Scaled, Trainer):
             options = {"eval_dataset": evaluation.rows, "data_collator": collate, **options}
         _check_rows(options.get("train_dataset"), inner(model), options.get("data_collator"))
         args = TrainingArguments("trainer_output") if args is None else args
+        check_whole_models(args, "distillation")
         _for_processes(args, objective)
         super().__init__(model=model, args=args, **options)
         if self.args.n_gpu > 1:

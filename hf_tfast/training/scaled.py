@@ -198,12 +198,12 @@ class Scaled:
             new = self.state.num_input_tokens_seen - before
             self.state.num_input_tokens_seen = before + new * self.data_ranks // self.args.world_size
 
-    def _run_epoch(self, **given: Any) -> None:
+    def _run_epoch(self, *given: Any, **options: Any) -> None:
         """As Trainer's, which takes one step too many where it resumes from the checkpoint of the last one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # type: ignore[attr-defined]
         else:
-            super()._run_epoch(**given)  # type: ignore[misc]
+            super()._run_epoch(*given, **options)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with whole_checkpoint(self, trial) as folder:

@@ -1,7 +1,10 @@
 """The options with which a training grows: how processes share it, and how seldom they may agree."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
+
+from accelerate.utils import str_to_bool
 
 from .layout import Layout
 
@@ -61,5 +64,13 @@ def check_whole_models(arguments: Any, what: str) -> None:
             f"{what} trains whole models, data parallel, and the layout is {layout}: launch it with "
             "recipes/accelerate/ddp.yaml; pretrain_clm.py, pretrain_mlm.py and the recipes of tasks take layouts"
         )
+    engines = {"DeepSpeed": "deepspeed", "FSDP": "fsdp", "Megatron-LM": "megatron_lm"}
+    for engine, option in engines.items():
+        asked = str_to_bool(os.environ.get(f"ACCELERATE_USE_{option.upper()}") or "false")
+        if getattr(arguments, option, None) or (asked and engine != "FSDP"):  # FSDP of one process is none
+            raise ValueError(
+                f"{what} trains whole models, data parallel, and {engine} cuts or wraps them: leave --{option} out, "
+                "or launch it with recipes/accelerate/ddp.yaml"
+            )
     if getattr(arguments, "average_every", 1) > 1:
         raise ValueError(f"{what} averages in every step: leave --average_every out")

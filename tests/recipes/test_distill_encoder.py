@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from transformers import AutoModel
 
 from hf_tfast import Window
+from hf_tfast.distillation.encoder import EncoderTrainer
 from hf_tfast.quickstart.healing import trainable
 from hf_tfast.quickstart.healing_report import _scores
+from hf_tfast.training.faults import Terminated
 from tests.quickstart.tiny_encoder import WORDS, save_tiny_corpus, save_tiny_encoder
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill_encoder.py"
@@ -80,6 +84,35 @@ def test_two_steps(recipe, given, tmp_path, train):
         recipe(options)
     with pytest.raises(ValueError, match="seed was 42 and is 7"):
         recipe([*options, "--resume_from_checkpoint", "last", "--seed", "7"])
+
+
+def test_sigterm_saves_and_ends_well(recipe, given, tmp_path, monkeypatch):
+    """In step 2 of 3, and again in the last one; then the same command ends as a training that was not stopped."""
+    options = [*given[1], "--stages", "train", "--train", "last:1", "--max_steps", "3", "--logging_steps", "1"]
+    recipe([*options, "--output_dir", str(tmp_path / "whole")])
+    step = EncoderTrainer.training_step
+
+    def signalled(self, *args, **more):
+        loss = step(self, *args, **more)
+        if self.state.global_step >= 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(EncoderTrainer, "training_step", signalled)
+    options = [*options, "--resume_from_checkpoint", "last"]
+    for at in (2, 3):
+        with pytest.raises(Terminated, match=f"after step {at}") as ended:
+            recipe([*options, "--output_dir", str(tmp_path / "out")])
+        assert ended.value.code == 0
+        assert not (tmp_path / "out" / "model").exists()
+    monkeypatch.undo()
+    recipe([*options, "--output_dir", str(tmp_path / "out")])
+    found = []
+    for name in ("whole", "out"):
+        history = json.loads((tmp_path / name / "training.json").read_text())["history"]
+        found.append([(h["step"], h["loss"], h["loss_keep"]) for h in history if "loss" in h])
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
 
 
 def test_what_is_evaluated_is_not_learned_from(recipe, given, tmp_path):

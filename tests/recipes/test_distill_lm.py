@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from hf_tfast.training.tokens import learned_tokenizer
+from hf_tfast.training.trainer import Diverged
 from tests.training.tiny import arguments, write_texts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distill_lm.py"
@@ -141,6 +145,52 @@ def test_arguments_that_do_not_fit(recipe, texts, teacher, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             recipe.main(given(texts, teacher, tmp_path / "out", *more))
+
+
+def test_tokens_that_mean_something_else_to_the_teacher(recipe, texts, teacher, tmp_path):
+    """Of another number, and of the same; the teacher's own under another path are fine."""
+    out = tmp_path / "out"
+    made = learned_tokenizer(["window key value"] * 9, 270, 32, False)
+    made.save_pretrained(tmp_path / "longer")
+    own = AutoTokenizer.from_pretrained(teacher)
+    words = json.loads(own.backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    type(own)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(words)), bos_token=own.bos_token, eos_token=own.eos_token,
+        pad_token=own.pad_token,
+    ).save_pretrained(tmp_path / "other")  # fmt: skip
+    for name in ("longer", "other"):
+        with pytest.raises(ValueError, match="for the student and .* for the teacher .*Options|has a token"):
+            recipe.main(given(texts, teacher, out, "--students", WINDOW, "--tokenizer", str(tmp_path / name)))
+        assert not out.exists()
+    own.save_pretrained(tmp_path / "same")
+    more = ["--layer_steps", "0", "--tokenizer", str(tmp_path / "same")]
+    (record,) = recipe.main(given(texts, teacher, out, "--students", WINDOW, *more))
+    assert record["stages"]["logits"]["steps"] == 2
+
+
+def test_a_loss_that_is_no_number(recipe, texts, teacher, tmp_path, monkeypatch):
+    """In step 2 of stage 2: the checkpoint before it is kept, and the same command goes on from there."""
+    from hf_tfast.distillation.trainer import DistillationTrainer
+
+    step, out = DistillationTrainer.training_step, tmp_path / "out"
+
+    def spoiled(self, model, *more, **options):
+        if self.work.stage == "logits" and self.state.global_step == 1:
+            model.get_output_embeddings().register_forward_hook(lambda module, args, z: z * math.nan)
+        return step(self, model, *more, **options)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", spoiled)
+    command = given(texts, teacher, out, "--students", WINDOW, "--resume_from_checkpoint", "last")
+    with pytest.raises(
+        Diverged, match="at step 2: in the student the first .* lm_head .*logits.checkpoints.checkpoint-1"
+    ):
+        recipe.main(command)
+    monkeypatch.undo()
+    (record,) = recipe.main(command)
+    assert record["stages"]["logits"]["resumed_at"] == 1
+    assert math.isfinite(record["stages"]["logits"]["final"]["eval_loss"])
 
 
 def test_the_documented_command_parses(recipe):

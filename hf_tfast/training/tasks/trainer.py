@@ -28,7 +28,7 @@ class TaskTrainer(Scaled, Seq2SeqTrainer):
     """Loss per label, whatever the batches, accumulation and processes; metrics of the task in every evaluation.
 
     Raises Diverged, naming the step, where loss or gradients are not finite; ValueError for regularisation that the
-    model cannot have.
+    model cannot have, and examples that do not fill a step.
     """
 
     args: TaskTrainingArguments
@@ -63,11 +63,20 @@ class TaskTrainer(Scaled, Seq2SeqTrainer):
         self._nats, self._labels = 0.0, 0.0
         if args.r_drop and not _has_dropout(self.model):
             raise ValueError("--r_drop compares two passes with different dropout, and this model has none: --dropout")
+        self._check_size()
         self.clock = Clock()
         self.add_callback(self.clock)
         self.add_callback(Watch())
         if args.early_stopping is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping))
+
+    def _check_size(self) -> None:
+        rows, step = self.examples, self.args.train_batch_size * self.args.gradient_accumulation_steps
+        if rows is not None and len(rows) < step * self.data_ranks:
+            raise ValueError(
+                f"there are {len(rows)} training examples, and one step takes {step * self.data_ranks}: give more, or "
+                "a smaller --per_device_train_batch_size"
+            )
 
     # --- loss
 

@@ -1,11 +1,16 @@
 """What training does beside the model: the loss of a step, regularisation, batches, resuming, search."""
 
 import json
+import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from hf_tfast.training.faults import Terminated
 from hf_tfast.training.tasks.arguments import TaskDataArguments, TaskModelArguments, TaskTrainingArguments
 from hf_tfast.training.tasks.models import find_tokenizer, make_config, make_model
 from hf_tfast.training.tasks.names import named_task
@@ -199,6 +204,36 @@ def test_it_stops_where_the_loss_is_no_number(tmp_path):
         one.train()
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_the_last_good_checkpoint_is_left(tmp_path, what):
+    """NaN in step 3: weights stay as they were, and the checkpoint of step 2 is the last."""
+    one = trainer(tmp_path, "sequence", max_steps=5, save_strategy="steps", save_steps=1)
+    step, before = one.compute_loss, {}
+
+    def spoiled(model, inputs, *given, **more):
+        loss = step(model, inputs, *given, **more)
+        if one.state.global_step == 2:
+            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+            if what == "loss":
+                return loss * math.nan
+            loss.register_hook(lambda g: g * math.nan)
+        return loss
+
+    one.compute_loss = spoiled
+    with pytest.raises(Diverged, match=f"the {what} became nan at step 3: .*checkpoint, .*is in {tmp_path}"):
+        one.train()
+    assert all(torch.equal(p, before[name]) for name, p in one.model.named_parameters())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    saved = load_file(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(x, before[name]) for name, x in saved.items())
+
+
+def test_examples_that_fill_no_step(tmp_path):
+    options = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 3}
+    with pytest.raises(ValueError, match="training examples, and one step takes 18"):
+        trainer(tmp_path, "sequence", **options)
+
+
 def test_resuming_goes_the_same_way(tmp_path):
     """A training that was stopped at its second checkpoint ends as one that was not."""
     task, data, sizes, _ = parts(tmp_path, "translation")
@@ -222,6 +257,34 @@ def test_resuming_goes_the_same_way(tmp_path):
         )
     with pytest.raises(FileExistsError, match="exists; name another folder"):
         finetune(task, data, sizes, training(tmp_path / "b", **options))
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_sigterm_saves_and_ends_well(tmp_path, monkeypatch, at):
+    """In the middle, and in the last step: then the rest is done without another step."""
+    task, data, sizes, _ = parts(tmp_path, "sequence")
+    options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "eval_steps": 2,
+               "eval_strategy": "steps"}  # fmt: skip
+    (tmp_path / "whole").mkdir()
+    (whole,) = finetune(task, data, sizes, training(tmp_path / "whole", **options))
+    step = TaskTrainer.training_step
+
+    def signalled(self, *given, **more):
+        loss = step(self, *given, **more)
+        if self.state.global_step == at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(TaskTrainer, "training_step", signalled)
+    with pytest.raises(Terminated, match=f"after step {at}") as ended:
+        finetune(task, data, sizes, training(tmp_path, **options))
+    assert ended.value.code == 0
+    monkeypatch.undo()
+    (again,) = finetune(task, data, sizes, training(tmp_path, **options, resume_from_checkpoint="last"))
+    losses = [[(h["step"], h["loss"]) for h in record["history"] if "loss" in h] for record in (again, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    assert again["test"]["test_loss"] == whole["test"]["test_loss"]
 
 
 def test_early_stopping_keeps_the_best(tmp_path):

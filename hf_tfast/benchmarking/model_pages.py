@@ -57,6 +57,7 @@ def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
     """models.png: time of one call over the length, a panel a model, dtype and pass."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     panels = [(family, *kind) for family in families(records) for kind in kinds(records, family)]
     if not panels:
@@ -81,7 +82,9 @@ def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
         axes.yaxis.set_major_formatter(lambda y, _: f"{y * 1e3:,.0f}")
+        axes.minorticks_off()
         axes.set_ylabel("ms", fontsize=9)
         axes.set_title(f"{family}, {dtype}, {PASSES[passes]}", loc="left", fontsize=10)
         axes.grid(True, color="0.9", linewidth=0.8)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from ..backends.score import Score
+from ._backends import BACKENDS, choose_backend
 from ._base import Mask, Mechanism, mechanism_from_dict, mechanisms
 from ._rows import over_full_rows
 
-__all__ = ["Mask", "Mechanism", "Score", "attend", "mechanism_from_dict", "mechanisms"]
-
-BACKENDS = ("auto", "reference", "torch", "flex", "flash", "triton")
+__all__ = [
+    "BACKENDS", "Mask", "Mechanism", "Score", "attend", "choose_backend", "mechanism_from_dict", "mechanisms",
+]  # fmt: skip
 
 
 def attend(
@@ -30,28 +31,18 @@ def attend(
     q [b h i d], k [b g j d], v [b g j e] of one floating dtype and device -> [b h i e]; h % g == 0, i <= j: the
     queries are the last i positions. Differentiable in q, k, v and score.sinks.
 
-    backend  "auto" takes the fastest there is; "reference" is the O(i j) definition; any other runs or raises.
+    backend  "auto" takes the fastest there is (see `choose_backend`); "reference" is the O(i j) definition; any other
+             runs or raises.
     Raises   ValueError for shapes, dtypes or devices that do not fit, for causal use of a mechanism without a causal
              form, for a basis where none is due, and for dropout where a mechanism gives it no meaning.
     """
     _check(q, k, v, mechanism, mask, score)
     if score.dropout and score.seed is None:
         score = replace(score, seed=int(torch.randint(2**31 - 1, ())))
-    chosen = choose_backend(mechanism, backend)
+    chosen = choose_backend(mechanism, backend, q, k, v, mask, score)
     run = mechanism.reference if chosen == "reference" else partial(_fast, mechanism, chosen)
     with torch.autocast(q.device.type, enabled=False):  # its matmuls would go below the precision that q asks for
         return over_full_rows(run, q, k, v, mask, score)
-
-
-def choose_backend(mechanism: Mechanism, backend: str) -> str:
-    """The backend that `attend` runs for this request. ValueError for one that does not exist for the mechanism."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return mechanism.backends[0]
-    if backend != "reference" and backend not in mechanism.backends:
-        raise ValueError(f"{mechanism.name} has no {backend} path (has: reference, {', '.join(mechanism.backends)})")
-    return backend
 
 
 def _fast(mechanism: Mechanism, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score) -> Tensor:

@@ -101,6 +101,10 @@ class Mechanism:
         if score.basis is not None:
             raise ValueError(f"{self.name} makes no use of a calibrated basis; leave score.basis out")
 
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        """Why these fields have no form on one of `backends` for such a call, and what to do; None where they have."""
+        return None
+
     def basis_shape(self, g: int, d: int) -> tuple[int, int, int] | None:
         """[g d r] of the tensors of `Score.basis` for g key heads of width d; None where none is due."""
         return None

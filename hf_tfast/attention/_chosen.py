@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.flex_patterns import Blocks, attend_flex_blocks
 from ..backends.key_blocks import Grid, far_lists, near_lists
 from ..backends.lists import Again, Sizes, Tiles, attend_lists
 from ..backends.score import Score
 from ._base import Mask, Mechanism
+
+NO_BLOCKS = "single keys (block=1) have no layout of blocks; take block > 1, or backend='torch'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,10 @@ class BlockChoice(Choice):
         query = self.query(i)
         return near | self.chosen[self.grid.slot[self.key(j)], b, self.head(h), query]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, score: Score) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, score: Score, backend: str = "torch") -> Tensor:
+        if backend == "flex":
+            blocks = Blocks(self.grid, self.reach, self.chosen, self.beside)
+            return attend_flex_blocks(q, k, v, blocks, score, causal=causal)
         sizes = Sizes.of(q, k, causal)
         near = Again(lambda: near_lists(sizes, self.grid, self.reach))
         far = list(far_lists(sizes, self.grid, self.chosen))

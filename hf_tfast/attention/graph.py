@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends.blocks import Layout, attend_tiles
+from ..backends.flex_patterns import attend_flex_layout
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
 
@@ -29,6 +30,7 @@ class Graph(Mechanism):
 
     name: ClassVar[str] = "graph"
     small: ClassVar[dict[str, Any]] = {"blocks": tuple((a, a // 2, 0) for a in range(128)), "block": 16}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex")
 
     blocks: tuple[tuple[int, ...], ...]
     block: int = 64
@@ -61,9 +63,15 @@ class Graph(Mechanism):
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
-        lists = self._lists(k.shape[2] + int(mask.start), q.device)[None]
-        layout = Layout(near=None, lists=lists, block=self.block, causal=mask.causal)
-        return attend_tiles(q, k, v, layout, score, start=int(mask.start), kept=int(mask.kept))
+        j, place = k.shape[2], {"start": int(mask.start), "kept": int(mask.kept)}
+
+        def layout() -> Layout:
+            lists = self._lists(j + place["start"], q.device)[None]
+            return Layout(near=None, lists=lists, block=self.block, causal=mask.causal)
+
+        if backend == "flex":
+            return attend_flex_layout(q, k, v, layout, score, key=(self, mask.causal), **place)
+        return attend_tiles(q, k, v, layout(), score, **place)
 
     def full(self, length: int) -> "Graph":
         count = -(-max(length, 1) // self.block)

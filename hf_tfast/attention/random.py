@@ -22,7 +22,9 @@ from torch import Tensor
 
 from ..backends.blocks import attend_tiles
 from ..backends.draws import draw
+from ..backends.flex_patterns import attend_flex_layout
 from ..backends.score import Score
+from ..backends.tiles import Layout
 from ._base import Mask, Mechanism, whole
 from .window import Window
 
@@ -33,6 +35,7 @@ class Random(Mechanism):
 
     name: ClassVar[str] = "random"
     small: ClassVar[dict[str, Any]] = {"window": 4, "sinks": 1, "blocks": 2, "block": 4}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex")
 
     window: int = 192
     sinks: int = 1
@@ -81,13 +84,17 @@ class Random(Mechanism):
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
-        heads = torch.arange(score.first_head, score.first_head + q.shape[1], device=q.device)
-        layout = replace(
-            self.local.layout(mask.causal),
-            lists=self.lists(heads, -(-(k.shape[2] + int(mask.start)) // self.block), mask.causal),
-            block=self.block,
-        )
-        return attend_tiles(q, k, v, layout, score, start=int(mask.start), kept=int(mask.kept))
+        h, j, causal = q.shape[1], k.shape[2], mask.causal
+        place = {"start": int(mask.start), "kept": int(mask.kept)}
+
+        def layout() -> Layout:
+            heads = torch.arange(score.first_head, score.first_head + h, device=q.device)
+            lists = self.lists(heads, -(-(j + place["start"]) // self.block), causal)
+            return replace(self.local.layout(causal), lists=lists, block=self.block)
+
+        if backend == "flex":
+            return attend_flex_layout(q, k, v, layout, score, key=(self, causal, h, score.first_head), **place)
+        return attend_tiles(q, k, v, layout(), score, **place)
 
     def full(self, length: int) -> "Random":
         return replace(self, window=max(length, 1))

@@ -37,7 +37,7 @@ from ..backends.lists import Again, Sizes, attend_lists, log_mass, strips
 from ..backends.score import Score
 from ..backends.scratch import Scratch
 from ._base import Mask, whole
-from ._chosen import BlockChoice, Choice, Chosen, candidates, reach_of
+from ._chosen import NO_BLOCKS, BlockChoice, Choice, Chosen, candidates, reach_of
 from ._steps import Far, Picked, Stepped, listed
 
 
@@ -73,6 +73,7 @@ class Threshold(Stepped, Chosen):
     name: ClassVar[str] = "threshold"
     means: ClassVar[bool] = True
     small: ClassVar[dict[str, Any]] = {"tau": 0.02, "block": 4, "window": 3}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex")
 
     tau: float = 1e-3
     block: int = 1
@@ -159,7 +160,7 @@ class Threshold(Stepped, Chosen):
     ) -> Tensor:
         choice = self.at(q, k, mask, score, choice)
         if self.block > 1:
-            return choice.attend(q, k, v, mask.causal, score)
+            return choice.attend(q, k, v, mask.causal, score, backend)
         pick = {"hide": choice.out} if self.renormalise else {"drop": choice.out}
         lists = Again(lambda: strips(Sizes.of(q, k, mask.causal), q.device, **pick))
         return attend_lists(q, k, v, lists, score, choice.at)
@@ -178,6 +179,9 @@ class Threshold(Stepped, Chosen):
         read = read if far.there is None else read & far.there
         beside = mass.masked_fill(read, float("-inf")).logsumexp(-1)
         return listed(read)._replace(beside=None if self.renormalise else beside)
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        return NO_BLOCKS if backend == "flex" and self.block == 1 else None
 
     def full(self, length: int) -> "Threshold":
         return replace(self, tau=0.0)

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from ..backends.blocks import Layout, attend_tiles
+from ..backends.flash import attend_flash, no_flash
+from ..backends.flex_patterns import attend_flex_layout
 from ..backends.rows import group
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
@@ -34,6 +36,7 @@ class Window(Mechanism):
 
     name: ClassVar[str] = "window"
     small: ClassVar[dict[str, Any]] = {"window": 8, "sinks": 2}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex", "flash")
 
     window: int = 512
     sinks: int = 0
@@ -64,6 +67,12 @@ class Window(Mechanism):
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
+        if backend == "flash":
+            return attend_flash(q, k, v, self.layout(mask.causal), score)
+        if backend == "flex":
+            place = {"start": int(mask.start), "kept": int(mask.kept)}
+            layout = lambda: self.layout(mask.causal)  # noqa: E731
+            return attend_flex_layout(q, k, v, layout, score, key=(self, mask.causal), **place)
         if q.shape[2] == 1 and mask.causal and not score.dropout:
             return self._step(q, k, v, mask, score)
         return attend_tiles(q, k, v, self.layout(mask.causal), score, start=int(mask.start), kept=int(mask.kept))
@@ -93,6 +102,9 @@ class Window(Mechanism):
         if len(parts) > 1:
             o = torch.baddbmm(o, weights[1], flat_v[:, parts[1]].to(wide))
         return o.view(b, h, 1, -1).to(v.dtype)
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        return no_flash(self.layout(mask.causal), score, mask.start) if backend == "flash" else None
 
     def full(self, length: int) -> "Window":
         return replace(self, window=max(length, 1))

@@ -44,7 +44,17 @@ def keep(dropout: float, seed: int, b: Tensor, h: Tensor, i: Tensor, j: Tensor) 
 
     Only two integer rounds touch the full [.. i j] grid; rows and columns are hashed before they meet.
     """
-    x = draw(seed, b, h, i) ^ draw(seed + 1, j)
+    return kept_of(draw(seed, b, h, i), draw(seed + 1, j), threshold(dropout))
+
+
+def threshold(dropout: float) -> int:
+    """The least hash, as int32, that `keep` keeps."""
+    return min(round(dropout * 2**32) - 2**31, 2**31 - 1)  # a bound beyond int32 would keep everything
+
+
+def kept_of(row: Tensor, column: Tensor, least: int | Tensor) -> Tensor:
+    """`keep`, from draws of rows and columns."""
+    x = row ^ column
     x = (x ^ _shift(x, 15)) * _ODD[1]
     x = x ^ _shift(x, 16)
-    return x >= min(round(dropout * 2**32) - 2**31, 2**31 - 1)  # a bound beyond int32 would keep everything
+    return x >= least

@@ -161,7 +161,8 @@ def _run(module: nn.Module, call: _Call, layer: OwnLayer | None) -> tuple[Tensor
     keys = call.k.shape[2] if layer is None else layer.seen
     span = call.k.shape[2] if layer is None else layer.span
     mechanism = within(call.stamp.mechanism, call.window, call.mask, span)
-    backend = choose_backend(mechanism, "auto")
+    q, k, v = (call.q, call.k, call.v) if layer is None else (None, None, None)  # our caches decode in plain torch
+    backend = choose_backend(mechanism, "auto", q, k, v, call.mask, call.score)
     run = attend if layer is None else layer.attend
     try:
         o = run(call.q, call.k, call.v, mechanism, call.mask, call.score)

@@ -10,9 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..backends.growing import Change, Lengths
+from ..backends.growing import Change, Lengths, positions
 from ..backends.score import Score
 from ._base import Mask
+
+STEPS = 16  # queries of one call that are decoded one by one; more of them share what they read
 
 
 class Store(Protocol):
@@ -56,20 +58,34 @@ class Cached(Protocol):
         """What `resume` must give, by the definition, O(i j); None where the store no longer tells."""
 
 
-Run = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+Run = Callable[..., Tensor]  # (q, k, v, mask, *more)
 
 
-def over_rows(run: Run, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, new: Tensor | None) -> Tensor:
-    """run(q, k, v, mask) over the tokens of each row: q [b h i d] are the last i slots, k [b g n d] and v [b g n e]
-    hold row r in their first lengths[r] slots. One call where all rows are alike."""
+def over_rows(
+    run: Run, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, new: Tensor | None, *more: Tensor
+) -> Tensor:
+    """run(q, k, v, mask, *more) over the tokens of each row: q [b h i d] are the last i slots; k [b g n d],
+    v [b g n e] and `more` [b . n .] hold row r in their first lengths[r] slots. One call where all rows are alike."""
     mask = Mask(causal=True)
     if isinstance(lengths, int) and new is None:
-        return run(q, k[:, :, :lengths], v[:, :, :lengths], mask)
+        return run(q, k[:, :, :lengths], v[:, :, :lengths], mask, *(x[:, :, :lengths] for x in more))
     o = v.new_zeros(*q.shape[:3], v.shape[-1])
     each = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * len(q)
     for b, n in enumerate(each):
         at = torch.arange(q.shape[2], device=q.device) if new is None else new[b].nonzero()[:, 0]
         if len(at):
             row = slice(b, b + 1)
-            o[row, :, at] = run(q[row][:, :, at], k[row, :, :n], v[row, :, :n], mask)
+            rest = (x[row, :, :n] for x in more)
+            o[row, :, at] = run(q[row][:, :, at], k[row, :, :n], v[row, :, :n], mask, *rest)
     return o
+
+
+def ends(lengths: Lengths, q: Tensor, new: Tensor | None) -> list[Lengths]:
+    """For each of the last i slots, the queries q [b h i d], how many tokens there are up to it and with it; 0 where
+    it holds none. `new` [b i] tells which do, None: all. A number, or [b] where rows may differ. Rows now hold
+    `lengths`."""
+    i = q.shape[2]
+    if isinstance(lengths, int) and new is None:
+        return list(range(lengths - i + 1, lengths + 1))
+    held = torch.as_tensor(lengths, device=q.device).expand(len(q))
+    return list((positions(held - (i if new is None else new.sum(-1)), i, new) + 1).unbind(1))

@@ -28,13 +28,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..backends.bucket_store import BucketStore
 from ..backends.buckets import buckets, directions
 from ..backends.draws import uniform
-from ..backends.flex_patterns import attend_flex_runs
+from ..backends.growing import Lengths
 from ..backends.lists import Sizes, attend_lists
+from ..backends.one_query import Reads, attend_one
 from ..backends.runs import Runs, run_lists
 from ..backends.score import Score
 from ._base import Mask, whole
+from ._cached import STEPS, ends, over_rows
 from ._chosen import Choice, Chosen
 
 MOST_BITS, MOST_ROUNDS = 16, 64
@@ -62,7 +65,6 @@ class Hashed(Chosen):
 
     name: ClassVar[str] = "hashed"
     small: ClassVar[dict[str, Any]] = {"bits": 2, "rounds": 3, "cap": 6, "window": 4}
-    backends: ClassVar[tuple[str, ...]] = ("torch", "flex")
 
     bits: int = 7
     rounds: int = 2
@@ -84,19 +86,31 @@ class Hashed(Chosen):
         whole("seed", self.seed, -(2**63))
 
     @torch.no_grad()
-    def choose(self, q: Tensor, k: Tensor, mask: Mask, score: Score = Score()) -> RunChoice:  # noqa: B008 frozen
-        (b, h, i, d), g = q.shape, k.shape[1]
-        shared = h // g
+    def choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Mask,
+        score: Score = Score(),  # noqa: B008 frozen
+        keys: Tensor | None = None,
+    ) -> RunChoice:
+        """What each query reads. Buckets [r b g j] of the keys, if a cache holds them, spare hashing them."""
         with torch.autocast(q.device.type, enabled=False):
-            wide = torch.promote_types(q.dtype, torch.float32)
-            first = score.first_head // shared
-            turns = torch.stack([rotations(self.seed, first + n, self.rounds, d, self.bits) for n in range(g)])
-            turns = turns.to(q.device, wide)  # [g d r*directions]
-            asked = buckets(q.reshape(b, g, shared * i, d), turns, self.bits, self.rounds)
-            runs = Runs.of(
-                asked.reshape(-1, b, h, i), buckets(k, turns, self.bits, self.rounds), self.cap, mask.causal
-            )
+            keys = self._buckets(k, q.shape[1], score) if keys is None else keys
+            runs = Runs.of(self._asked(q, k.shape[1], score), keys, self.cap, mask.causal)
         return RunChoice(**Choice.place(q, k, mask, score), runs=runs)
+
+    @torch.no_grad()
+    def _buckets(self, k: Tensor, h: int, score: Score) -> Tensor:
+        """[r b g j] int32: the buckets of keys [b g j d] that h query heads share."""
+        (g, d), dtype = k.shape[1::2], torch.promote_types(k.dtype, torch.float32)
+        turns = turned(self, score.first_head // (h // g), g, d, dtype, k.device)
+        return buckets(k, turns, self.bits, self.rounds)
+
+    def _asked(self, q: Tensor, g: int, score: Score) -> Tensor:
+        """[r b h i] int32: the buckets of queries [b h i d], which share g key heads."""
+        b, h, i, d = q.shape
+        return self._buckets(q.reshape(b, g, h // g * i, d), h, score).reshape(-1, b, h, i)
 
     def allowed(self, choice: Any, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *, causal: bool = False) -> Tensor:
         near = i - j < self.window if causal else ((i - j).abs() <= self.window) & (self.window > 0)
@@ -110,15 +124,39 @@ class Hashed(Chosen):
         runs, reach = choice.runs, (self.cap,) * self.rounds
         if self.window:
             runs, reach = runs.join(Runs.window(sizes, self.window, at)), (*reach, self.window)
-        if backend == "flex":
-            return attend_flex_runs(q, k, v, runs, score)
         lists = list(run_lists(sizes, runs, reach, tile_size(max(sizes.i * (sizes.h // sizes.g), 1), self.bits)))
         return attend_lists(q, k, v, lists, score, at)
 
-    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
-        if backend == "flex" and score.dropout:
-            return "dropout draws by position, which keys sorted by bucket have lost; take backend='torch'"
-        return None
+    def store(self) -> BucketStore:
+        return BucketStore(self.bits, self.rounds)
+
+    def remember(self, store: BucketStore, q: Tensor, k: Tensor, v: Tensor, score: Score, new: Tensor | None) -> None:
+        store.append(k, v, new, self._buckets(k, q.shape[1], score))
+
+    @torch.no_grad()
+    def resume(self, store: BucketStore, q: Tensor, score: Score, new: Tensor | None) -> Tensor:
+        if q.shape[2] > STEPS or score.dropout:
+
+            def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask, numbers: Tensor) -> Tensor:
+                return self.fast(q, k, v, mask, score, choice=self.choose(q, k, mask, score, store.of_round(numbers)))
+
+            held = store.keys.held, store.values.held
+            return over_rows(run, q, *held, store.lengths, new, store.numbers.held)
+        asked, last = self._asked(q, store.keys.held.shape[1], score), ends(store.lengths, q, new)
+        o = [self._step(store, q[:, :, t : t + 1], asked[..., t], n, score) for t, n in enumerate(last)]
+        return torch.cat(o, 2) if len(o) > 1 else o[0]
+
+    def expected(self, store: BucketStore, q: Tensor, score: Score, new: Tensor | None) -> Tensor | None:
+        if score.dropout:
+            return None
+        run = lambda q, k, v, mask: self.reference(q, k, v, mask, score)  # noqa: E731
+        return over_rows(run, q, store.keys.held, store.values.held, store.lengths, new)
+
+    def _step(self, store: BucketStore, q: Tensor, asked: Tensor, n: Lengths, score: Score) -> Tensor:
+        """Query q [b h 1 d] with buckets [r b h], the last of the first n tokens of a row (0: none) -> [b h 1 e]."""
+        low = (n - self.window).clamp(min=0) if isinstance(n, Tensor) else max(n - self.window, 0)
+        reads = Reads(low, n, starts=store.found(asked, low, n, self.cap))
+        return attend_one(q, store.keys.held, store.values.held, reads, score)
 
     def full(self, length: int) -> "Hashed":
         return replace(self, bits=0, rounds=1, cap=2 * max(length, 1))
@@ -127,6 +165,15 @@ class Hashed(Chosen):
 def tile_size(queries: int, bits: int) -> int:
     """Queries of a tile under causality: about half a bucket, within what matmuls do well."""
     return min(64, max(16, 2 ** (queries >> bits).bit_length() // 4))
+
+
+@lru_cache(maxsize=8)
+def turned(mechanism: Hashed, first: int, g: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[g width rounds*directions]: the rotations of g key/value heads from `first` on; layers alike share them."""
+    seed, rounds, bits = mechanism.seed, mechanism.rounds, mechanism.bits
+    with torch.inference_mode(False), torch.no_grad():
+        each = [rotations(seed, first + n, rounds, width, bits) for n in range(g)]
+        return torch.stack(each).to(device, dtype)
 
 
 @lru_cache(maxsize=1024)

@@ -19,13 +19,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..backends.blocks import Layout, attend_tiles
-from ..backends.flash import attend_flash, no_flash
-from ..backends.flex_patterns import attend_flex_layout
-from ..backends.rows import group
+from ..backends.one_query import Reads, attend_one
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
 
@@ -36,7 +33,6 @@ class Window(Mechanism):
 
     name: ClassVar[str] = "window"
     small: ClassVar[dict[str, Any]] = {"window": 8, "sinks": 2}
-    backends: ClassVar[tuple[str, ...]] = ("torch", "flex", "flash")
 
     window: int = 512
     sinks: int = 0
@@ -67,44 +63,20 @@ class Window(Mechanism):
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
-        if backend == "flash":
-            return attend_flash(q, k, v, self.layout(mask.causal), score)
-        if backend == "flex":
-            place = {"start": int(mask.start), "kept": int(mask.kept)}
-            layout = lambda: self.layout(mask.causal)  # noqa: E731
-            return attend_flex_layout(q, k, v, layout, score, key=(self, mask.causal), **place)
         if q.shape[2] == 1 and mask.causal and not score.dropout:
             return self._step(q, k, v, mask, score)
         return attend_tiles(q, k, v, self.layout(mask.causal), score, start=int(mask.start), kept=int(mask.kept))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score) -> Tensor:
-        """One query under causality: the keys that it reads are two slices, and all its scores fit."""
-        (b, h, _, d), (g, j), start, kept = q.shape, k.shape[1:3], int(mask.start), int(mask.kept)
+        """One query under causality: the keys that it reads are two slices."""
+        j, start, kept = k.shape[2], int(mask.start), int(mask.kept)
         if start and self.sinks > kept:
             raise ValueError(
                 f"the first {self.sinks} keys are read, but a sliding cache dropped {start} and kept {kept}"
             )
         oldest = j + start - self.window  # position where the window begins; before the gap it is an index, too
         first = max(oldest, 0) if oldest < kept or not start else max(j - self.window, kept)
-        parts = [slice(first, j)]
-        if self.sinks and first:
-            parts.append(slice(0, min(self.sinks, first)))
-        wide = torch.promote_types(q.dtype, torch.float32)
-        rows, scale = group(q.to(wide), g).flatten(0, 1), score.factor(d)
-        flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
-        s = [torch.bmm(rows, flat_k[:, at].to(wide).mT) for at in parts]
-        scores = score.cap((s[0] if len(s) == 1 else torch.cat(s, -1)) * scale)
-        if score.sinks is not None:
-            sinks = score.sinks.to(wide).expand(b, h).reshape(b * g, h // g, 1)
-            scores = torch.cat([scores, sinks], -1)
-        weights = scores.softmax(-1).split([x.shape[-1] for x in s] + [1] * (score.sinks is not None), -1)
-        o = torch.bmm(weights[0], flat_v[:, parts[0]].to(wide))
-        if len(parts) > 1:
-            o = torch.baddbmm(o, weights[1], flat_v[:, parts[1]].to(wide))
-        return o.view(b, h, 1, -1).to(v.dtype)
-
-    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
-        return no_flash(self.layout(mask.causal), score, mask.start) if backend == "flash" else None
+        return attend_one(q, k, v, Reads(first, j, min(self.sinks, first)), score)
 
     def full(self, length: int) -> "Window":
         return replace(self, window=max(length, 1))

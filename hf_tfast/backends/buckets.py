@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .lists import entries
+from .one_query import few_buckets
 from .scratch import Scratch, borrowed
 
+FEW = 64  # vectors of a head that are hashed one by one
 MOST_BITS = 8  # of one cross-polytope: beyond, its 2^(bits - 1) directions would cost more than attention saves
 
 
@@ -32,6 +34,8 @@ def buckets(x: Tensor, turns: Tensor, bits: int, rounds: int) -> Tensor:
     finds both: projections that differ by less than 2^-16 of themselves (fp32) may change places.
     """
     (b, g, n), width = x.shape[:3], directions(bits)
+    if n <= FEW and bits and (few := few_buckets(x, turns, bits, rounds)) is not None:
+        return few
     found = torch.zeros(rounds, b, g, n, dtype=torch.int32, device=x.device)
     step = max(1, entries(x.device) // max(1, b * g * turns.shape[-1]))
     with borrowed(x) as scratch:

@@ -123,8 +123,9 @@ def _dispatch(
         raise ValueError(f"{type(module).__name__} has no mask and does not say whether it is causal; use 'sdpa'")
     causal = bool(causal)
     score = _score(options, first_head(stamp, q.shape[1]))
-    if name == NAME:
-        score = replace(score, basis=basis_of(module, stamp, k.shape[1]))
+    basis = basis_of(module, stamp, k.shape[1]) if name == NAME else None
+    if basis is not None:
+        score = replace(score, basis=basis)
     if stamp.kind == "cross":
         return _cross(module, stamp, q, k, v, given, score)
     if given is not None and is_dense_mask(given):

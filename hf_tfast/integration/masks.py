@@ -48,6 +48,8 @@ class KeyRow:
 
     def on(self, batch: int) -> "KeyRow":
         """The same for a batch of `batch` rows, where one row was given for all."""
+        if all(x is None or x.shape[0] == batch for x in (self.mask.valid, self.mask.segments)):
+            return self
         rows = lambda x: x.expand(batch, -1) if x is not None and x.shape[0] != batch else x  # noqa: E731
         return replace(self, mask=replace(self.mask, valid=rows(self.mask.valid), segments=rows(self.mask.segments)))
 
@@ -65,14 +67,30 @@ def pack_row(
     documents: Tensor, start: int | Tensor = 0, window: int | None = None, causal: bool | None = None
 ) -> Tensor:
     """[b n] documents (0 = padding) and [b n], [b 1] or a number of dropped tokens -> the row [b 1 1 n] int64."""
-    if window is not None and window >= 1 << _WINDOW:
-        window = None  # as good as none: no row is that long
     if documents.numel() and int(documents.amax()) >= 1 << _DOCUMENT:
         raise ValueError(f"at most {(1 << _DOCUMENT) - 1} packed documents fit a row, got {int(documents.amax())}")
-    flags = 0 if causal is None else _CAUSAL if causal else _TWO_WAY
     words = documents.long() | (torch.as_tensor(start, device=documents.device).long() << _DOCUMENT)
-    words = words | ((window or 0) << (_DOCUMENT + _START)) | flags
+    words = words | _shared(window, causal)
     return words.where(documents != 0, 0)[:, None, None]
+
+
+def _shared(window: int | None, causal: bool | None) -> int:
+    """What every word of a row says."""
+    if window is not None and window >= 1 << _WINDOW:
+        window = None  # as good as none: no row is that long
+    flags = 0 if causal is None else _CAUSAL if causal else _TWO_WAY
+    return ((window or 0) << (_DOCUMENT + _START)) | flags
+
+
+def _whole_row(shape: tuple[int, int], start: int, window: int | None, causal: bool, device: Any) -> Tensor:
+    """`pack_row` of rows [b n] of one document without padding: known without a look at data, and so read already."""
+    shared = _shared(window, causal)
+    row = torch.full((shape[0], 1, 1, shape[1]), 1 | (start << _DOCUMENT) | shared, device=device)
+    if not row.is_inference():
+        fits = window is not None and window < 1 << _WINDOW
+        known = KeyRow(mask=Mask(start=start), keys=shape[1], window=window if fits else None, causal=causal)
+        row._tfast_row = (row._version, known)  # type: ignore[attr-defined]
+    return row
 
 
 def read_row(row: Tensor) -> KeyRow:
@@ -143,6 +161,13 @@ def key_row(
         )
     pattern = _pattern(mask_function, kv_length + kv_offset)
     n = min(kv_length, int(q_offset) + q_length - kv_offset) if pattern.causal else kv_length
+    reach = pattern.window if pattern.causal else None if pattern.window is None else pattern.window + 1
+    window = pattern.window if reach is not None and n + kv_offset > reach else None
+    whole = attention_mask is None and pattern.packed is None
+    if whole or torch.compiler.is_exporting():
+        if not whole:
+            _assert_whole(attention_mask, pattern, batch_size, n, device)
+        return _whole_row((batch_size, n), kv_offset, window, pattern.causal, device)
     start: int | Tensor = kv_offset
     documents = torch.ones(batch_size, n, dtype=torch.int64, device=device)
     if pattern.packed is not None:
@@ -155,9 +180,20 @@ def key_row(
         valid = seen[:, kv_offset : kv_offset + n]
         start = seen[:, :kv_offset].sum(-1, keepdim=True)
         documents = documents * valid
-    reach = pattern.window if pattern.causal else None if pattern.window is None else pattern.window + 1
-    window = pattern.window if reach is not None and n + kv_offset > reach else None
     return pack_row(documents, start, window, pattern.causal)
+
+
+def _assert_whole(attention_mask: Tensor | None, pattern: _Pattern, batch: int, n: int, device: Any) -> None:
+    """torch.export records no choice that depends on data: the program reads whole rows, and checks that they are."""
+    if attention_mask is not None:
+        raise ValueError(
+            "torch.export cannot trace fast attention over an attention_mask, since rows are cut by where their "
+            "padding lies: export without it (the program then reads full rows of that length), or export "
+            "model.set_attn_implementation('sdpa'), which runs the same weights densely"
+        )
+    if pattern.packed is not None:  # under tracing Transformers takes any position_ids for packed documents
+        last = _packed_documents(pattern.packed, batch, n, device)[:, -1]
+        torch._assert_async((last == 1).all(), "position_ids restart: an exported program reads one document a row")
 
 
 def _packed_documents(same: Callable[..., Tensor], batch: int, n: int, device: torch.device | str) -> Tensor:

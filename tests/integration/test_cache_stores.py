@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hf_tfast.attention import _steps, hashed
+from hf_tfast.attention.hashed import Hashed
 from hf_tfast.attention.performer import Performer
 from hf_tfast.attention.quantized import Quantized
 from hf_tfast.attention.threshold import Threshold
 from hf_tfast.attention.topk import TopK
 from hf_tfast.attention.window import Window
-from hf_tfast.backends.block_store import BlockStore
 from hf_tfast.integration.cache import cache_bytes
 from hf_tfast.integration.caches.store import StoreLayer
 from tests.integration.test_cache import WORDS, build, generate, prompt, same
@@ -26,12 +27,15 @@ PLANS = {
     "threshold": Threshold(tau=0.05, block=3, window=2),
     "threshold whole": Threshold(tau=0.1, block=4, window=5, renormalise=True),
     "performer": Performer(features=24),
+    "hashed": Hashed(bits=2, rounds=2, cap=3, window=2),
+    "hashed alone": Hashed(bits=10, rounds=3, cap=40, window=0),
 }
 CHANGED = {
     "quantized": {"bits": 4, "smooth": 3},
     "topk": {"block": 2},
     "threshold": {"tau": 0.3},
     "performer": {"seed": 1},
+    "hashed": {"seed": 1},
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 pads = pytest.mark.parametrize("pads", [[0, 0], [0, 11], [20, 0]], ids=str)
@@ -258,16 +262,16 @@ def test_a_step_reads_no_key_that_it_did_not_choose(pads):
     cache = DynamicCache()
     steps(model, words, mask, (2047,), cache)
     store, read = own(cache).layers[0].store, []
-    clean, gather = copy.deepcopy(cache), BlockStore.gather
+    clean, attend_one = copy.deepcopy(cache), _steps.attend_one
 
-    def watched(self, of, blocks):
-        read.append(blocks.clone())
-        return gather(self, of, blocks)
+    def watched(q, k, v, reads, score, beside):
+        read.append(reads.starts // reads.span)
+        return attend_one(q, k, v, reads, score, beside)
 
     ids = mask.sum(-1, keepdim=True) - 1
     step = {"input_ids": words[:, -1:], "attention_mask": mask, "position_ids": ids}
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BlockStore, "gather", watched)
+        patch.setattr(_steps, "attend_one", watched)
         wanted = model(**step, past_key_values=clean).logits
     near = [(2047 - pad) // 32 for pad in pads]
     for b, own_block in enumerate(near):
@@ -278,6 +282,46 @@ def test_a_step_reads_no_key_that_it_did_not_choose(pads):
             for n in spoiled:
                 at = slice(n * 32, n * 32 + 32)
                 store.keys.held[b, g, at] = store.values.held[b, g, at] = float("nan")
+    with torch.no_grad():
+        assert torch.equal(model(**step, past_key_values=cache).logits, wanted)
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 300]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_step_hashes_one_key_and_reads_its_buckets_only(pads, dtype):
+    """2048 tokens are cached; every key and value that a step does not read is spoiled before it."""
+    mechanism = Hashed(bits=5, rounds=2, cap=40, window=8)
+    model = build("llama", mechanism, num_hidden_layers=1, max_position_embeddings=4096).to(dtype)
+    inputs = prompt(pads, length=2048)
+    words, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = DynamicCache()
+    steps(model, words, mask, (2047,), cache)
+    store, read, made = own(cache).layers[0].store, [], []
+    clean, attend_one, buckets = copy.deepcopy(cache), hashed.attend_one, hashed.buckets
+
+    def watched(q, k, v, reads, score):
+        read.append(reads)
+        return attend_one(q, k, v, reads, score)
+
+    def counted(x, turns, bits, rounds):
+        made.append(x.shape[2])
+        return buckets(x, turns, bits, rounds)
+
+    ids = mask.sum(-1, keepdim=True) - 1
+    step = {"input_ids": words[:, -1:], "attention_mask": mask, "position_ids": ids}
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashed, "attend_one", watched)
+        patch.setattr(hashed, "buckets", counted)
+        wanted = model(**step, past_key_values=clean).logits
+    assert made == [1, 2], "the key, and the two queries that share it"
+    found = read[0].starts
+    assert 40 < int((found >= 0).sum(-1).max()) <= 80
+    for b in range(2):
+        for g in range(2):
+            keep = torch.zeros(store.keys.held.shape[2], dtype=torch.bool)
+            keep[found[b, 2 * g : 2 * g + 2].flatten().clamp(min=0)] = True
+            keep[2047 - pads[b] - 7 : 2048 - pads[b]] = True
+            store.keys.held[b, g, ~keep] = store.values.held[b, g, ~keep] = float("nan")
     with torch.no_grad():
         assert torch.equal(model(**step, past_key_values=cache).logits, wanted)
 

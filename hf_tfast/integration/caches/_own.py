@@ -1,5 +1,7 @@
 """What all our cache layers share: they tell Transformers the full length, and learn from the mask what is padding."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -8,7 +10,7 @@ from ...attention import Mask, Mechanism, Score, attend
 from ...backends.growing import Change, Lengths
 from ..masks import KeyRow
 
-__all__ = ["OwnLayer", "any_of"]
+__all__ = ["OwnLayer", "any_of", "without_autocast"]
 
 
 class OwnLayer(DynamicLayer):
@@ -89,3 +91,8 @@ class OwnLayer(DynamicLayer):
 
 def any_of(x: Lengths | bool) -> bool:
     return bool(x.any()) if isinstance(x, Tensor) else bool(x)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off; to enter its context where it is off already costs a step more than what it does."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

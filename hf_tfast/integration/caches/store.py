@@ -15,7 +15,7 @@ from ...attention import Mask, Mechanism, Score, attend
 from ...attention._cached import Cached, Store
 from ...backends.growing import Change, Lengths, longer, settled
 from ..masks import KeyRow, remembered
-from ._own import OwnLayer, any_of
+from ._own import OwnLayer, any_of, without_autocast
 
 __all__ = ["StoreLayer"]
 
@@ -84,7 +84,7 @@ class StoreLayer(OwnLayer):
             )
         first, self.fresh, self.store.recording = self.seen == k.shape[2], 0, self.record_past
         o = attend(q, k, v, mechanism, mask, score) if first else None
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(q.device.type):
             self.cached.remember(self.store, q, k, v, score, self.new)
             if o is None:
                 o = self.cached.resume(self.store, q, score, self.new)

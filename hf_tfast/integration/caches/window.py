@@ -125,6 +125,10 @@ class WindowLayer(OwnLayer):
         return None if mask.valid is None and not any_of(mask.start) else KeyRow(mask=mask, keys=keys)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mechanism: Mechanism, mask: Mask, score: Score) -> Tensor:
+        whole = mask.valid is None and mask.segments is None and type(mask.start) is int and type(mask.kept) is int
+        step = whole and mask.causal and q.shape[2] == 1 and not score.dropout
+        if step and not torch.is_autocast_enabled(q.device.type):
+            return mechanism.fast(q, k, v, mask, score)  # what `attend` comes to, after checks that the prompt passed
         return attend(q, k, v, mechanism, mask, score)
 
     def _admit(self, valid: Tensor | None) -> Mask:

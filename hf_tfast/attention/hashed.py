@@ -31,6 +31,7 @@ from torch import Tensor
 from ..backends.bucket_store import BucketStore
 from ..backends.buckets import buckets, directions
 from ..backends.draws import uniform
+from ..backends.flex_patterns import attend_flex_runs
 from ..backends.growing import Lengths
 from ..backends.lists import Sizes, attend_lists
 from ..backends.one_query import Reads, attend_one
@@ -65,6 +66,7 @@ class Hashed(Chosen):
 
     name: ClassVar[str] = "hashed"
     small: ClassVar[dict[str, Any]] = {"bits": 2, "rounds": 3, "cap": 6, "window": 4}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex")
 
     bits: int = 7
     rounds: int = 2
@@ -124,8 +126,15 @@ class Hashed(Chosen):
         runs, reach = choice.runs, (self.cap,) * self.rounds
         if self.window:
             runs, reach = runs.join(Runs.window(sizes, self.window, at)), (*reach, self.window)
+        if backend == "flex":
+            return attend_flex_runs(q, k, v, runs, score)
         lists = list(run_lists(sizes, runs, reach, tile_size(max(sizes.i * (sizes.h // sizes.g), 1), self.bits)))
         return attend_lists(q, k, v, lists, score, at)
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        if backend == "flex" and score.dropout:
+            return "dropout draws by position, which keys sorted by bucket have lost; take backend='torch'"
+        return None
 
     def store(self) -> BucketStore:
         return BucketStore(self.bits, self.rounds)

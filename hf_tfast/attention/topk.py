@@ -32,7 +32,7 @@ from ..backends.lists import Again, Sizes, attend_lists, entries, strips
 from ..backends.score import Score
 from ..backends.scratch import Scratch
 from ._base import Mask, whole
-from ._chosen import BlockChoice, Choice, Chosen, candidates, reach_of
+from ._chosen import NO_BLOCKS, BlockChoice, Choice, Chosen, candidates, reach_of
 from ._steps import Far, Picked, Stepped, best_boxes
 
 
@@ -62,6 +62,7 @@ class TopK(Stepped, Chosen):
 
     name: ClassVar[str] = "topk"
     small: ClassVar[dict[str, Any]] = {"k": 16, "block": 8, "window": 6}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex")
 
     k: int = 512
     block: int = 64
@@ -130,12 +131,15 @@ class TopK(Stepped, Chosen):
     ) -> Tensor:
         choice = self.at(q, k, mask, score, choice)
         if self.block > 1:
-            return choice.attend(q, k, v, mask.causal, score)
+            return choice.attend(q, k, v, mask.causal, score, backend)
         lists = Again(lambda: strips(Sizes.of(q, k, mask.causal), q.device, hide=choice.hidden))
         return attend_lists(q, k, v, lists, score, mask.positions(k.shape[2], q.device))
 
     def pick(self, store: BlockStore, far: Far, score: Score) -> Picked:
         return best_boxes(store, far, -(-self.k // self.block), _sign(score))
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        return NO_BLOCKS if backend == "flex" and self.block == 1 else None
 
     def full(self, length: int) -> "TopK":
         return replace(self, k=max(length, 1))

@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..backends.blocks import Layout, attend_tiles
+from ..backends.flash import attend_flash, no_flash
+from ..backends.flex_patterns import attend_flex_layout
 from ..backends.one_query import Reads, attend_one
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
@@ -33,6 +35,7 @@ class Window(Mechanism):
 
     name: ClassVar[str] = "window"
     small: ClassVar[dict[str, Any]] = {"window": 8, "sinks": 2}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "flex", "flash")
 
     window: int = 512
     sinks: int = 0
@@ -63,6 +66,12 @@ class Window(Mechanism):
     def fast(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, backend: str = "torch", choice: Any = None
     ) -> Tensor:
+        if backend == "flash":
+            return attend_flash(q, k, v, self.layout(mask.causal), score)
+        if backend == "flex":
+            place = {"start": int(mask.start), "kept": int(mask.kept)}
+            layout = lambda: self.layout(mask.causal)  # noqa: E731
+            return attend_flex_layout(q, k, v, layout, score, key=(self, mask.causal), **place)
         if q.shape[2] == 1 and mask.causal and not score.dropout:
             return self._step(q, k, v, mask, score)
         return attend_tiles(q, k, v, self.layout(mask.causal), score, start=int(mask.start), kept=int(mask.kept))
@@ -77,6 +86,9 @@ class Window(Mechanism):
         oldest = j + start - self.window  # position where the window begins; before the gap it is an index, too
         first = max(oldest, 0) if oldest < kept or not start else max(j - self.window, kept)
         return attend_one(q, k, v, Reads(first, j, min(self.sinks, first)), score)
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        return no_flash(self.layout(mask.causal), score, mask.start) if backend == "flash" else None
 
     def full(self, length: int) -> "Window":
         return replace(self, window=max(length, 1))

@@ -304,8 +304,8 @@ class BandMask:
         far = call.layout.sinks  # inner tiles lie behind the sinks: move the positions there too
         hidden = call.layout.hidden(self.i[0, 0] + far, self.j[0, 0] + far)
         self.bias: list[tuple[slice, Tensor]] = []
-        columns = hidden.any(0).nonzero().flatten().tolist()  # only columns that hide something are touched
-        while columns:
+        columns = list(range(w)) if torch.compiler.is_exporting() else hidden.any(0).nonzero().flatten().tolist()
+        while columns:  # only those that hide something are touched; a trace cannot ask which
             run = next((n for n, column in enumerate(columns) if column != columns[0] + n), len(columns))
             where = slice(columns[0], columns[0] + run)
             bias = torch.zeros(c, run, dtype=call.dtype, device=call.device)

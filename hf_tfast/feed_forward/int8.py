@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..backends.int8 import Int8Product, int8_linear
@@ -144,7 +145,16 @@ def int8_layer() -> Any:
 
         @property
         def product(self) -> Int8Product:
+            _refuse_trace()
             self.settle()
             return Int8Product(self.weight.data, self.SCB, self.bias, self.state.threshold)
 
     return Int8Linear
+
+
+def _refuse_trace() -> None:
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export cannot trace int8 feed-forwards: export hf_tfast.dequantise(model); what runs the "
+            "program may quantise it"
+        )

@@ -62,6 +62,9 @@ _REFUSED = {
     "cache": "continuous batching supports Transformers' own attention only",
 }
 
+# What torch.export can trace: the others draw, or choose by content, and a trace would keep one choice for all inputs.
+_TRACED = ("dense", "linformer", "nystrom", "quantized", "window")
+
 logger = logging.get_logger(__name__)
 
 
@@ -165,6 +168,12 @@ def _run(module: nn.Module, call: _Call, layer: OwnLayer | None) -> tuple[Tensor
     q, k, v = (call.q, call.k, call.v) if layer is None else (None, None, None)  # our caches decode in plain torch
     backend = choose_backend(mechanism, "auto", q, k, v, call.mask, call.score)
     run = attend if layer is None else layer.attend
+    if torch.compiler.is_exporting() and (mechanism.name not in _TRACED or layer is not None):
+        what = mechanism if layer is None else "a cache of hf_tfast"
+        raise ValueError(
+            f"{call.stamp.path}: torch.export cannot trace {what}; it can without a cache (use_cache=False): "
+            f"{', '.join(_TRACED)}; or export model.set_attn_implementation('sdpa'), the same weights densely"
+        )
     try:
         o = run(call.q, call.k, call.v, mechanism, call.mask, call.score)
     except ValueError as error:
@@ -348,6 +357,10 @@ def _check_positions(options: dict[str, Any], call: _Call, row: Tensor | None) -
     ids = options.get("position_ids")
     i = call.q.shape[2]
     if packed or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != i or i == 1:
+        return
+    if torch.compiler.is_exporting():  # see `masks._assert_whole`
+        back = (ids[:, 1:] <= ids[:, :-1]).any()
+        torch._assert_async(~back, "position_ids restart: an exported program reads one document a row")
         return
     valid = None if call.mask.valid is None else call.mask.valid[:, -i:]
     if remembered(ids, "_tfast_restarts", lambda: _restarts(ids, None)) and _restarts(ids, valid):

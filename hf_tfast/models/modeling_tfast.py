@@ -134,11 +134,6 @@ class TFastModel(TFastPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if torch.compiler.is_exporting() and str(self.config._attn_implementation).startswith(NAME):
-            raise ValueError(
-                "torch.export cannot trace fast attention, which cuts rows by where their padding lies: export "
-                "model.set_attn_implementation('sdpa'), which runs the same weights densely"
-            )
         kwargs = {**cast(dict, kwargs).pop("kwargs", {}), **kwargs}  # type: ignore[assignment]  # pipeline stages nest them
         causal = kwargs.get("is_causal")
         causal = self.config.causal if causal is None else bool(causal)

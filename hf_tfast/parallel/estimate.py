@@ -195,17 +195,21 @@ def _traffic(
     layers = sizes.layers / shares.pipeline
     states = rows * tokens * sizes.hidden * run.narrow
     t, s, span = shares.tensor, shares.sequence, shares.tensor
-    if t > 1:  # two sums a layer forward, two backward; embeddings forward, the output layer backward, and its logits
+    if t > 1:
+        # two sums a layer forward; backward one for every matrix that reads the states, as Transformers does it;
+        # embeddings forward, the output layer backward, and its logits
+        sums = layers * (2 + 3 + (2 if sizes.gated else 1)) + 2
         logits = rows * tokens * sizes.vocabulary * run.narrow * (t - 1) / t
-        yield span, (4 * layers + 2) * states * 2 * (t - 1) / t + logits, rows * (4 * layers + 3)
+        yield span, sums * states * 2 * (t - 1) / t + logits, rows * (sums + 1)
     span *= s
     if s > 1:
         halo, hops = sent_per_layer(sizes, mechanism, s, run.narrow)
         summed, rounds = _all_reduce(held * GRADIENT / shares.shard, s)
         yield span, layers * rows * halo / t + summed, layers * hops * rows + rounds
     span *= shares.pipeline
-    if shares.pipeline > 1:
-        yield span, 2 * states, 2 * rows
+    if shares.pipeline > 1:  # states forward, gradients backward, of two stages one each; tied embeddings of the ends
+        tied = sizes.vocabulary * sizes.hidden * GRADIENT if sizes.tied else 0
+        yield span, (1 if shares.pipeline == 2 else 2) * states + tied / t, 2 * rows
     span *= shares.shard
     if shares.shard > 1:  # gathered forward and backward, gradients scattered: in fp32, of which autocast makes bf16
         yield span, rows * 3 * held * WEIGHT * (shares.shard - 1) / shares.shard, rows * 3 * layers

@@ -112,15 +112,16 @@ def sent_per_layer(sizes: Sizes, mechanism: Mechanism, ranks: int, bytes_each: i
     if ranks < 2:
         return 0.0, 0.0
     token = 2 * sizes.groups * sizes.width * bytes_each
+    ends = 0.5 if ranks == 2 else 1.0  # of two ranks each has one neighbour, and sends it one of what others send
     if isinstance(mechanism, Window):
-        # causal: one halo forward and its gradient backward; an inner rank of a bidirectional model has two
-        halo = (mechanism.window - 1) * token if sizes.causal else 2 * mechanism.window * token
+        # causal: a halo forward and a gradient backward; bidirectional: both on both sides
+        halo = (1 if sizes.causal else 2) * ends * (mechanism.window - 1 if sizes.causal else mechanism.window) * token
         around = 2 * (ranks - 1) / ranks * sizes.heads * mechanism.sinks * (2 * sizes.width + 1) * 4
-        firsts = (ranks - 1) * mechanism.sinks * token
+        firsts = (ranks - 1) * mechanism.sinks * token * ends
         return 2 * (halo + firsts) + (0 if sizes.causal else 2 * around), 2.0 if sizes.causal else 6.0
     if isinstance(mechanism, Performer):
         state = sizes.heads * (mechanism.features * (sizes.width + 1) + 1) * 4
-        return (2 if sizes.causal else 4) * state, (2 if sizes.causal else 4) * float(ranks - 1)
+        return (2 if sizes.causal else 4) * ends * state, (2 if sizes.causal else 4) * float(ranks - 1)
     if isinstance(mechanism, Nystrom):
         m, around = mechanism.landmarks, 2 * (ranks - 1) / ranks * 4
         means, read = m * (sizes.heads + sizes.groups) * sizes.width, m * sizes.heads * (sizes.width + 1)

@@ -13,11 +13,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..benchmarking.environment import environment
@@ -41,10 +41,16 @@ Record = dict[str, Any]
 
 
 def pretrain(
-    data: DataArguments, model: ModelArguments, args: PretrainingArguments, *, two_way: bool = False
+    data: DataArguments,
+    model: ModelArguments,
+    args: PretrainingArguments,
+    *,
+    two_way: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[Record]:
     """Train what the arguments say and return a record of metrics for each model; two_way: masked language modelling.
 
+    callbacks  of Trainer, for whoever watches a training.
     ValueError for arguments that do not fit each other or this machine, FileExistsError for an output folder that
     holds something, Diverged (see `trainer`) for a training that comes to nothing.
     """
@@ -69,7 +75,7 @@ def pretrain(
     records = []
     for key, config in zip(choices, configs, strict=True):
         place = folder / key if model.compare else folder
-        records.append(_train(prepared, config, args, place, two_way))
+        records.append(_train(prepared, config, args, place, two_way, callbacks))
     if model.compare and args.process_index == 0:
         compare(records, Path(args.report) if args.report else folder, draw=args.plot)
     return records
@@ -160,7 +166,14 @@ def _differences(before: Any, now: Any, path: str = "") -> Any:
         yield f"{path} was {before!r} and is {now!r}"
 
 
-def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: Path, two_way: bool) -> Record:
+def _train(
+    data: Data,
+    config: TFastConfig,
+    args: PretrainingArguments,
+    place: Path,
+    two_way: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Record:
     """One model from random weights to its record; the record alone where it is already there and may be kept."""
     if (place / DONE).is_file():
         return _finished(place, data)
@@ -182,6 +195,7 @@ def _train(data: Data, config: TFastConfig, args: PretrainingArguments, place: P
         train_dataset=data.train,
         evaluation=data.evaluation,
         processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
     start = _checkpoint(args, checkpoints)
     trainer.train(resume_from_checkpoint=start)

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ TEXTS = {"text": [f"{Path(module.__file__ or '').parent}/*.py" for module in (as
 ROWS = 2  # of a timed step, over all processes
 
 
-def train(out: str, model: Record, data: Record, options: Record) -> Record:
+def train(out: str, model: Record, data: Record, options: Record, callbacks: Sequence[Any] = ()) -> Record:
     """The record of one training; in every process that torchrun has started."""
     from .arguments import DataArguments, ModelArguments, PretrainingArguments
     from .run import pretrain
@@ -48,6 +49,7 @@ def train(out: str, model: Record, data: Record, options: Record) -> Record:
         DataArguments(**data),
         ModelArguments(attention=attention, **model),
         PretrainingArguments(output_dir=out, **given, **options),
+        callbacks=callbacks,
     )[0]
 
 
@@ -67,11 +69,12 @@ def timed(folder: str, steps: int) -> None:
     train(folder, WIDE, data, more)
 
 
-def launch(part: str, folder: str, steps: int, processes: int, threads: int) -> None:
+def launch(part: str, folder: str, steps: int, processes: int, threads: int, module: str = "") -> None:
+    """This file's workers, or those of another module that takes the same options."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     start = command if processes > 1 else [sys.executable]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    arguments = ["-m", __spec__.name, "--part", part, "--out", folder, "--steps", str(steps)]
+    arguments = ["-m", module or __spec__.name, "--part", part, "--out", folder, "--steps", str(steps)]
     subprocess.run([*start, *arguments], env=env, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -3,14 +3,14 @@
 # ///
 r"""Classes of texts (--kind sequence) or of tokens (--kind token): a pretrained model made fast, or one from scratch.
 
-Long texts: a pretrained encoder of 512 positions extended to 1024, dense and with a window on the same examples (JSONL
-with text and label; other names by --columns):
+Long texts, dense and with a window on the same examples (JSONL with text and label; other names by --columns). Reviews
+of about 4,000 bytes, from scratch, in tokens learned from them; or --model with --positions for a pretrained encoder:
 
     accelerate launch --cpu --num_processes 1 --mixed_precision bf16 recipes/classify.py --kind sequence \
-        --model sentence-transformers/all-MiniLM-L6-v2 --positions 1024 --source_length 1024 \
-        --compare dense '{"mechanism": "window", "window": 64, "sinks": 4}' \
         --train_file data/train.jsonl.gz --validation_file data/valid.jsonl.gz --test_file data/test.jsonl.gz \
-        --learning_rate 1e-4 --num_train_epochs 1 --output_dir runs/classify
+        --compare dense '{"mechanism": "window", "window": 64}' --source_length 1024 --hidden_size 64 --layers 2 \
+        --heads 2 --intermediate_size 176 --dropout 0.2 --token_dropping 0.2 --weight_decay 0.1 \
+        --per_device_train_batch_size 16 --num_train_epochs 4 --learning_rate 3e-3 --output_dir runs/classify
 
 Entities: rows with `tokens` and `tags` (O, B-KIND, I-KIND); or texts whose labels are made by regular expressions:
 

@@ -82,6 +82,32 @@ def test_errors_are_quoted_as_they_are():
         assert words in code or said in code, words
 
 
+def test_the_command_line_page_names_every_verb():
+    page = (ROOT / "docs/command_line.md").read_text(encoding="utf-8")
+    files = {path.stem for path in (ROOT / "hf_tfast/cli").glob("*.py") if not path.name.startswith("_")}
+    assert set(re.findall(r"^\| `tfast (\w+)`", page, re.M)) == files
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_tfast").rglob("*.py"))
+    for variable in re.findall(r"`(HF_TFAST_\w+)=", page):
+        assert f'"{variable}"' in source, variable
+    assert set(re.findall(r'"(HF_TFAST_\w+)"', source)) == set(re.findall(r"`(HF_TFAST_\w+)=", page))
+
+
+def test_every_page_is_in_the_index():
+    page = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"({path.name})" in page, path.name
+
+
+def test_completion_is_what_the_page_says():
+    from typer.testing import CliRunner
+
+    from hf_tfast.cli import app
+
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert "--install-completion" in shown
+    assert "--show-completion" in shown
+
+
 def test_readme_runs_early():
     line, code = blocks(README)[0]
     assert line <= 20 - code.count("\n") + 1, "the first running Python has to stand by line 20"

@@ -319,6 +319,7 @@ TORCH: list[Hook] = [
             _load_from_state_dict=("state_dict", "prefix"), _apply=("fn", "recurse")),
     Name(where="torch:_int_mm", user="backends/int8_steps.py", need="the product of int8 matrices"),
     Name(where="torch:_check", user="backends/int8.py", need="shapes under torch.compile"),
+    Name(where="torch:_assert_async", user="integration/masks.py", need="an exported program checks its positions"),
     Name(where="torch:ops.aten._softmax_backward_data", user="backends/blocks.py", need="the softmax's backward"),
     Name(where="torch:Tensor._version", user="integration/masks.py", need="whether a mask was changed in place"),
     Name(where="torch.utils._python_dispatch:TorchDispatchMode", user="testing.py", need="counts operations"),

@@ -3,14 +3,15 @@
 import logging
 from functools import cache
 
+import torch
 from torch import Tensor
 
-from ..backends import flash, flex
+from ..backends import flash, flex, triton_kernels
 from ..backends.score import Score
 from ._base import Mask, Mechanism
 
 BACKENDS = ("auto", "reference", "torch", "flex", "flash", "triton")
-ON_CUDA = ("flex",)  # what "auto" prefers there, before plain torch
+ON_CUDA = ("flex", "flash", "triton")  # fused: what "auto" looks at there, beside plain torch
 LEAST = flex.TILE  # queries: fewer fill no tile of a fused kernel
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,11 @@ def choose_backend(
 ) -> str:
     """The backend that `attend` runs for this request; "auto" without tensors is what a CPU runs.
 
-    On CUDA "auto" takes FlexAttention where the mechanism has a form of it for such a call, else plain torch; a window
-    goes to flash-attn where that is installed, can run the call, and was the faster of the two when they first met in
-    this process. What was chosen stands in the log, at level INFO, once for each mechanism and reason.
+    On CUDA "auto" takes FlexAttention for patterns that are fixed beforehand, where it can run the call. Where more
+    than one could be the fastest (flash-attn for a window; plain torch beside kernels in Triton, and for pairs that
+    content chooses, which fill tiles badly), those that can run are timed when such a call is first met in this
+    process, forward, and the fastest is kept. A kernel without a backward pass of its own is left out where a gradient
+    is asked for. What was chosen stands in the log, at level INFO, once for each mechanism and reason.
     ValueError for a backend that does not exist for the mechanism, or cannot run the call: it says why.
     """
     if backend not in BACKENDS:
@@ -53,30 +56,35 @@ def choose_backend(
 
 def _fastest(mechanism: Mechanism, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score) -> tuple[str, str]:
     """What runs a call on CUDA, and why nothing faster does."""
-    call, reasons = (q, k, v, mask, score), []
+    plain, able, reasons = mechanism.backends[0], list[str](), list[str]()
+    train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.shape[2] < LEAST:
-        return mechanism.backends[0], f"fewer than {LEAST} queries"
+        return plain, f"fewer than {LEAST} queries"
     for name in ON_CUDA:
         if name in mechanism.backends:
-            why = _obstacle(mechanism, name, *call)
+            why = _obstacle(mechanism, name, q, k, v, mask, score)
+            if why is None and name in mechanism.forward_only and train:
+                why = "its backward pass is plain torch's"
             if why is None:
-                return _against_flash(mechanism, name, *call)
-            reasons.append(f"{name}: {why}")
-    return mechanism.backends[0], "; ".join(reasons)
+                able.append(name)
+            else:
+                reasons.append(f"{name}: {why}")
+    if able and (able[-1] == "triton" or type(mechanism).choose is not Mechanism.choose):
+        able.append(plain)
+    if len(able) < 2:
+        return (able[0], "") if able else (plain, "; ".join(reasons))
+    return _raced(mechanism, able, q, k, v, Mask(causal=mask.causal), score), f"the fastest of {', '.join(able)}"
 
 
-def _against_flash(
-    mechanism: Mechanism, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score
-) -> tuple[str, str]:
-    if "flash" not in mechanism.backends or _obstacle(mechanism, "flash", q, k, v, mask, score):
-        return name, ""
-    run = lambda way: mechanism.fast(q.detach(), k.detach(), v.detach(), mask, score, way)  # noqa: E731
-    size = (*q.shape[:2], k.shape[1], q.shape[3], q.shape[2].bit_length(), k.shape[2].bit_length())
-    about = (mechanism, mask.causal, q.dtype, size, str(q.device))
-    if mask.valid is not None or mask.segments is not None:
-        return name, "padded or packed rows are not raced against flash-attn"
-    faster = flash.race(about, {"flash": lambda: run("flash"), name: lambda: run(name)})
-    return faster, f"the faster of flash and {name}"
+def _raced(
+    mechanism: Mechanism, names: list[str], q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score
+) -> str:  # fmt: skip
+    """The fastest of some backends over full rows of about such a size."""
+    q, k, v = q.detach(), k.detach(), v.detach()
+    run = lambda way: lambda: mechanism.fast(q, k, v, mask, score, way)  # noqa: E731
+    size = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], q.shape[2].bit_length(), k.shape[2].bit_length())
+    about = (mechanism, tuple(names), mask.causal, q.dtype, size, str(q.device))
+    return flash.race(about, {name: run(name) for name in names})
 
 
 def _obstacle(
@@ -89,6 +97,8 @@ def _obstacle(
         return flex.why_not(q, v)
     if backend == "flash":
         return flash.why_not(q, v)
+    if backend == "triton":
+        return triton_kernels.why_not(q)
     return None
 
 

@@ -54,7 +54,7 @@ class Mechanism:
     causal      False where no causal form exists: causal use is refused.
     calibrated  True where it takes `Score.basis`, which `calibrate` makes, and has a causal form with it.
     dropout     False where dropping weights has no meaning: dropout > 0 is refused.
-    backends    the fast paths that exist beside the reference.
+    backends    the fast paths that exist beside the reference; those in forward_only have plain torch's gradient.
     """
 
     name: ClassVar[str]
@@ -63,6 +63,7 @@ class Mechanism:
     calibrated: ClassVar[bool] = False
     dropout: ClassVar[bool] = True
     backends: ClassVar[tuple[str, ...]] = ("torch",)
+    forward_only: ClassVar[tuple[str, ...]] = ()
 
     def choose(self, q: Tensor, k: Tensor, mask: Mask) -> Any:
         """What the content decides (buckets, top keys, a basis): made once, without gradient, for both paths."""

@@ -31,6 +31,7 @@ from ..backends.scan import State, absorb, feature_attention, read
 from ..backends.score import Score
 from ._base import Mask, Mechanism, whole
 
+MOST_FUSED = 512  # features that the kernel in Triton makes
 PAIRS = 2**13  # of a query and a recent slot in a step: so many are cheaper one by one than as a scan
 
 
@@ -41,6 +42,7 @@ class Performer(Mechanism):
     name: ClassVar[str] = "performer"
     small: ClassVar[dict[str, Any]] = {"features": 24}
     dropout: ClassVar[bool] = False
+    backends: ClassVar[tuple[str, ...]] = ("torch", "triton")
 
     features: int = 256
     seed: int = 0
@@ -68,7 +70,13 @@ class Performer(Mechanism):
     ) -> Tensor:
         refuse_softcap(self.name, score)
         w, scale = self.directions(q, score), score.factor(q.shape[-1])
-        return with_sinks(*feature_attention(q, k, v, w, scale, causal=mask.causal), score.sinks)
+        found = feature_attention(q, k, v, w, scale, causal=mask.causal, fused=backend == "triton")
+        return with_sinks(*found, score.sinks)
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        if backend == "triton" and self.features > MOST_FUSED:
+            return f"the kernel makes up to {MOST_FUSED} features, not {self.features}; take backend='torch'"
+        return None
 
     def extend(self, state: State | None, q: Tensor, k: Tensor, v: Tensor, score: Score) -> State:
         """The running state after keys k [b g j d] and values v [b g j e] of one document; None is the empty state.

@@ -30,6 +30,7 @@ from ..backends.growing import positions
 from ..backends.rows import ENTRIES, Rows, attend_rows, group, product, rounded, straight_through
 from ..backends.score import Score, softmax_attention
 from ..backends.stored import Stored
+from ..backends.triton_kernels import forward_by, kernel
 from ._base import Mask, Mechanism, whole
 from ._cached import over_rows
 
@@ -59,6 +60,8 @@ class Quantized(Mechanism):
 
     name: ClassVar[str] = "quantized"
     small: ClassVar[dict[str, Any]] = {"smooth": 8}
+    backends: ClassVar[tuple[str, ...]] = ("torch", "triton")
+    forward_only: ClassVar[tuple[str, ...]] = ("triton",)
 
     bits: int = 8
     scheme: str = "linear"
@@ -140,6 +143,8 @@ class Quantized(Mechanism):
         choice: Codes | None = None,
     ) -> Tensor:
         choice = self.choose(q, k, mask) if choice is None else choice
+        if backend == "triton":
+            return self._fused(q, k, v, mask, score, choice)
         (i, j), dtype = (q.shape[2], k.shape[2]), v.dtype
         square = not mask.causal or i == j or i == 1
         q, k, v, score = self._rounded(q, k, v, choice, score)
@@ -158,6 +163,36 @@ class Quantized(Mechanism):
             block=BLOCK,
         )
         return attend_rows(q, k, v, rows).to(dtype)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, codes: Codes) -> Tensor:
+        """All in one kernel; the gradient is that of plain torch."""
+        kernels, n = kernel("codes_triton"), 2 ** (self.bits - 1) - 1
+        side = lambda code, scale, x: kernels.Side(x) if code is None else kernels.Side(code, scale / n)  # noqa: E731
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            means = None
+            if self.smooth and self.keys:
+                means = kernels.Means(codes.means, codes.block, 0 if int(mask.start) else self.smooth)
+            return kernels.attend_codes(
+                q, side(codes.queries, codes.query_scale, q), side(codes.keys, codes.key_scale, k),
+                side(*(encode(v, self.scheme, self.bits) if self.values else (None, None)), v), means, score,
+                causal=mask.causal,
+            )  # fmt: skip
+
+        def again(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+            return self.fast(q, k, v, mask, replace(score, sinks=sinks), "torch", codes)
+
+        return forward_by(run, again, q, k, v, score.sinks)
+
+    def lacks(self, backend: str, mask: Mask, score: Score) -> str | None:
+        if backend != "triton":
+            return None
+        if self.scheme != "linear":
+            return f"the kernel multiplies linear codes, not those of {self.scheme}; take backend='torch'"
+        if not self._plain():
+            return "the kernel leaves weights and sums in fp32; take weights='float32' and sums='float32'"
+        return "the kernel draws no dropout; take backend='torch'" if score.dropout else None
 
     def _plain(self) -> bool:
         """Are weights and sums left as they are?"""

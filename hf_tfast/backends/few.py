@@ -11,7 +11,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 __all__ = ["few_keys", "few_queries", "few_queries_part"]
 
-ELEMENTS = 2**19  # scores computed at a time: they stay in the cache between two passes
+ELEMENTS = 2**19  # scores computed at a time on a CPU: they stay in the cache between two passes
+MORE = 2**25  # on other devices, which want few, large operations
 
 
 def few_keys(
@@ -57,9 +58,9 @@ def _heads(x: Tensor, h: int) -> Tensor:
     return x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1)
 
 
-def _chunks(length: int, others: int) -> list[slice]:
+def _chunks(length: int, others: int, device: torch.device) -> list[slice]:
     """Chunks of `length` positions, each of which meets `others` in all."""
-    size = max(64, ELEMENTS // max(others, 1))
+    size = max(64, (ELEMENTS if device.type == "cpu" else MORE) // max(others, 1))
     return [slice(at, min(at + size, length)) for at in range(0, length, size)]
 
 
@@ -89,7 +90,7 @@ class _FewKeys(torch.autograd.Function):
         ctx.softcap = softcap  # type: ignore[attr-defined]
         (b, h, i, _), e = q.shape, v.shape[-1]
         o = q.new_empty(b, i, h, e).transpose(1, 2)  # heads side by side: what an output projection reads
-        for at in _chunks(i, k.shape[0] * k.shape[1]):
+        for at in _chunks(i, k.shape[0] * k.shape[1], q.device):
             scores, _ = _scores(_part(q, at, k.dtype), k, softcap, bias)
             o[:, :, at] = torch.bmm(torch.softmax(scores, -1, out=scores), v).view(b, h, -1, e)
         return o
@@ -102,7 +103,7 @@ class _FewKeys(torch.autograd.Function):
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         dbias = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(q.device.type, enabled=False):
-            for at in _chunks(q.shape[2], k.shape[0] * k.shape[1]):
+            for at in _chunks(q.shape[2], k.shape[0] * k.shape[1], q.device):
                 rows, up = _part(q, at, k.dtype), _part(grad, at, k.dtype)
                 scores, slope = _scores(rows, k, ctx.softcap, bias)  # type: ignore[attr-defined]
                 p = torch.softmax(scores, -1, out=scores)
@@ -123,7 +124,7 @@ class _FewQueries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         parts, sums = [], []
-        for at in _chunks(k.shape[2], q.shape[0] * q.shape[1]):
+        for at in _chunks(k.shape[2], q.shape[0] * q.shape[1], q.device):
             scores, _ = _scores(q, _part(k, at, q.dtype), softcap)
             top = scores.amax(-1, keepdim=True)
             p = torch.softmax(scores, -1, out=scores)  # faster than exp; its largest weight tells its sum
@@ -145,7 +146,7 @@ class _FewQueries(torch.autograd.Function):
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         rest = dlse[..., None] - (grad * o).sum(-1, keepdim=True)
         with torch.autocast(q.device.type, enabled=False):
-            for at in _chunks(k.shape[2], q.shape[0] * q.shape[1]):
+            for at in _chunks(k.shape[2], q.shape[0] * q.shape[1], q.device):
                 keys = _part(k, at, q.dtype)
                 scores, slope = _scores(q, keys, ctx.softcap)  # type: ignore[attr-defined]
                 p = scores.sub_(lse).exp_()

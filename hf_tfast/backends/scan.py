@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .triton_kernels import kernel
+
 __all__ = ["State", "absorb", "feature_attention", "read"]
 
 CHUNK = 128  # positions that meet each other directly
@@ -40,16 +42,21 @@ class State(NamedTuple):
 
 
 def feature_attention(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, scale: float, *, causal: bool = False
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, scale: float, *, causal: bool = False, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [b h i d] over k [b g j d], v [b g j e] by the features w [h R d], queries last.
 
     Returns o [b h i e] in the dtype of v and log(sum_j A_ij) [b h i] in at least fp32, by which parts can be merged.
-    Differentiable once, in q, k and v. Where every weight underflows, o is zeros and the logarithm very low.
+    `fused` makes features by a kernel in Triton. Differentiable once, in q, k and v. Where every weight underflows, o
+    is zeros and the logarithm very low.
     """
     with torch.autocast(q.device.type, enabled=False):
         train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        return _Scan.apply(q, k, v, w, scale, causal, train)
+        if causal and q.device.type != "cpu":
+            from .scan_wide import WideScan
+
+            return WideScan.apply(q, k, v, w, scale, train, fused)
+        return _Scan.apply(q, k, v, w, scale, causal, train, fused)
 
 
 def absorb(state: State | None, k: Tensor, v: Tensor, w: Tensor, scale: float) -> State:
@@ -57,7 +64,7 @@ def absorb(state: State | None, k: Tensor, v: Tensor, w: Tensor, scale: float) -
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
         to = _Features(w, k, scale)
         sums, level = to.nothing(v) if state is None else (state.sums.flatten(0, 1), state.level.flatten(0, 1))
-        for at in _spans(0, k.shape[2], BULK):
+        for at in _spans(0, k.shape[2], bulk(len(sums), k.device)):
             sums, level = _add(sums, level, to.keys(k, at), to.values(v, at))
     return State(sums.unflatten(0, (k.shape[0], -1)), level.unflatten(0, (k.shape[0], -1)))
 
@@ -82,8 +89,8 @@ class _Rows(NamedTuple):
 class _Features:
     """From tiles of q, k and v to rows of features."""
 
-    def __init__(self, w: Tensor, like: Tensor, scale: float) -> None:
-        b = like.shape[0]
+    def __init__(self, w: Tensor, like: Tensor, scale: float, fused: bool = False) -> None:
+        b, self.fused = like.shape[0], fused
         self.wide = torch.promote_types(like.dtype, torch.float32)
         self.dtype = torch.bfloat16 if like.dtype == torch.bfloat16 else self.wide  # of the large products
         self.heads, self.half = w.shape[0], abs(scale) / 2
@@ -102,6 +109,8 @@ class _Features:
 
     def _rows(self, x: Tensor, at: slice, w: Tensor) -> _Rows:
         x = self._tile(x, at).to(self.wide)
+        if self.fused:
+            return _Rows(x, *kernel("features_triton").features(x, w, self.half, self.dtype))
         logits = torch.bmm(x, w)
         top = logits.amax(-1, keepdim=True)
         level = top[..., 0] * math.log(2.0) - self.half * x.square().sum(-1)
@@ -154,6 +163,12 @@ def _add(sums: Tensor, level: Tensor, keys: _Rows, values: Tensor) -> tuple[Tens
     return torch.bmm(keys.p.mT, weighed).to(sums.dtype).add_(sums * (level - top).exp()[..., None]), top
 
 
+def bulk(n: int, device: torch.device) -> int:
+    """Positions of n heads that only meet a state, handled at a time: on a CPU in its cache, elsewhere in few, large
+    operations."""
+    return BULK if device.type == "cpu" else max(BULK, 2**18 // n)
+
+
 def _spans(first: int, last: int, size: int) -> list[slice]:
     return [slice(at, min(at + size, last)) for at in range(first, last, size)]
 
@@ -161,18 +176,20 @@ def _spans(first: int, last: int, size: int) -> list[slice]:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, w: Tensor, scale: float, causal: bool, train: bool
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, w: Tensor, scale: float, causal: bool, *how: bool
     ) -> tuple[Tensor, Tensor]:
-        to, i = _Features(w, q, scale), q.shape[2]
+        (train, fused), i = how, q.shape[2]
+        to = _Features(w, q, scale, fused)
         shared = k.shape[2] - i if causal else k.shape[2]  # keys that every query reads
         sums, level = to.nothing(v)
-        for at in _spans(0, shared, BULK):
+        most = bulk(len(sums), q.device)
+        for at in _spans(0, shared, most):
             sums, level = _add(sums, level, to.keys(k, at), to.values(v, at))
         b, h = q.shape[:2]
         o = v.new_empty(b, i, h, v.shape[-1]).transpose(1, 2)  # heads side by side: what an output projection reads
         lse, den = sums.new_empty(len(sums), i), sums.new_empty(len(sums), i)
         states = [sums.to(to.dtype), level]
-        for at in _spans(0, i, CHUNK if causal else BULK):
+        for at in _spans(0, i, CHUNK if causal else most):
             rows = to.queries(q, at)
             num, top = torch.bmm(rows.p, sums.to(to.dtype)), level
             if causal:
@@ -188,7 +205,7 @@ class _Scan(torch.autograd.Function):
             o[:, :, at] = part.view(b, h, *part.shape[1:])
         if train:
             ctx.save_for_backward(q, k, v, w, o, den, *states)
-            ctx.scale, ctx.causal = scale, causal  # type: ignore[attr-defined]
+            ctx.scale, ctx.causal, ctx.fused = scale, causal, fused  # type: ignore[attr-defined]
         return o, lse.view(b, h, i)
 
     @staticmethod
@@ -197,20 +214,21 @@ class _Scan(torch.autograd.Function):
         q, k, v, w, o, den, *states = ctx.saved_tensors  # type: ignore[attr-defined]
         causal: bool = ctx.causal  # type: ignore[attr-defined]
         with torch.autocast(q.device.type, enabled=False):
-            to = _Features(w, q, ctx.scale)  # type: ignore[attr-defined]
+            to = _Features(w, q, ctx.scale, ctx.fused)  # type: ignore[attr-defined]
             back = _Back(to, q, k, v, do, dlse, o, den)
             shared = k.shape[2] - q.shape[2] if causal else k.shape[2]
             sums, level = states[-2:]
             total = torch.zeros_like(sums, dtype=to.wide)  # of p_i^T [do, .]_i over the queries after a chunk
-            for at in reversed(_spans(0, q.shape[2], CHUNK if causal else BULK)):
+            most = bulk(len(sums), q.device)
+            for at in reversed(_spans(0, q.shape[2], CHUNK if causal else most)):
                 if causal:
                     n = 2 * (at.start // CHUNK)
                     total, level = back.chunk(at, shared, states[n], states[n + 1], total, level)
                 else:
                     total = back.read(at, sums, total)
-            for at in _spans(0, shared, BULK):
+            for at in _spans(0, shared, most):
                 back.shared(at, total, level)
-        return back.dq, back.dk, back.dv, None, None, None, None
+        return back.dq, back.dk, back.dv, *(None,) * 5
 
 
 class _Back:

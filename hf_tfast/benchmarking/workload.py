@@ -177,7 +177,14 @@ def workload(case: Case, who: Competitor, inputs: Inputs) -> Callable[[], Any]:
 
 def _own(who: Competitor, case: Case, inputs: Inputs) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
     """SDPA or a mechanism in the place of attention."""
-    core = _core(case, who, inputs.valid)
+    return around(_core(case, who, inputs.valid), case, inputs)
+
+
+def around(
+    core: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case, inputs: Inputs
+) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    """`core`, from q [b h l d], k and v [b g l d] to [b h l d], in the place of attention: what to call, and the
+    tensors that a backward pass reaches."""
 
     def forward() -> Tensor:
         if case.level == "kernel":

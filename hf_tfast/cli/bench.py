@@ -39,7 +39,7 @@ def bench(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a grid: targets, modules (every mechanism), models, peers, decode, feed_forward."
+            help="Instead of a grid: targets, modules (every mechanism), models, peers, decode, feed_forward, h200."
         ),
     ] = None,
     rounds: Annotated[
@@ -76,8 +76,10 @@ def bench(
         found = _long_suite(context, suite)
     elif suite == "feed_forward":
         found = _feed_forward_suite(context)
+    elif suite == "h200":
+        found = _h200_suite(context)
     else:
-        refuse_given(context, LONG_OPTIONS, f"only --suite {', '.join([*LONG, 'feed_forward'])} take")
+        refuse_given(context, LONG_OPTIONS, f"only --suite {', '.join([*LONG, 'feed_forward', 'h200'])} take")
         found = _grid(context) if suite is None else _targets(context, suite)
     _show(*found, before, as_json)
 
@@ -186,6 +188,26 @@ def _feed_forward_suite(context: typer.Context) -> Found:
         raise ValueError("--quick brings its own lengths; leave out --lengths")
     rows = whole_numbers(said["lengths"]) if was_given(context, "lengths") else QUICK if said["quick"] else ROWS
     run = Run(**{option: said[option] for option in ("out", "resume", "rounds", "minutes", "plots")}, rows=rows)
+    with progress(said["as_json"]) as report:
+        folder, records = conduct(run, report)
+    page = markdown(records)
+    if said["update"] is not None:
+        renew(said["update"], NAME, page)
+    return folder, records, page
+
+
+def _h200_suite(context: typer.Context) -> Found:
+    """`tfast bench --device cuda --suite h200`."""
+    from ..benchmarking.h200 import NAME, Run, conduct
+    from ..benchmarking.h200_pages import markdown
+    from ..benchmarking.pages import renew
+    from ..benchmarking.terminal import progress
+
+    unused = (*GRID_OPTIONS, "level", "overwrite")
+    refuse_given(context, unused, f"--suite {NAME} brings its own cases; leave out")
+    said = context.params
+    given = {option: said[option] for option in ("rounds", "seconds") if was_given(context, option)}
+    run = Run(**{option: said[option] for option in ("device", "quick", "out", "resume", "minutes", "plots")}, **given)
     with progress(said["as_json"]) as report:
         folder, records = conduct(run, report)
     page = markdown(records)

@@ -1,6 +1,7 @@
 """FlexAttention as a backend: its rules and tiles are the mechanisms' own, kernels are compiled twice at most."""
 
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from types import ModuleType
 
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from hf_tfast.attention import BACKENDS, Mask, Score, attend, choose_backend, mechanisms
 from hf_tfast.attention.topk import TopK
 from hf_tfast.attention.window import Window
-from hf_tfast.backends import flash, flex, flex_patterns
+from hf_tfast.backends import flash, flex, flex_patterns, triton_kernels
 from hf_tfast.testing import Shape, assert_near, generator, qkv, with_gradients
 
 SERVED = sorted(name for name, cls in mechanisms().items() if "flex" in cls.backends)
@@ -146,16 +147,41 @@ def on_cuda(*shape, dtype=torch.bfloat16):
         (Window(), 512, torch.bfloat16, "flex"),
         (Window(), 1, torch.bfloat16, "torch"),
         (Window(), 512, torch.float64, "torch"),
-        (TopK(), 512, torch.bfloat16, "flex"),
+        (TopK(), 512, torch.bfloat16, "flex or torch"),
         (TopK(block=1), 512, torch.bfloat16, "torch"),
         (mechanisms()["nystrom"](), 512, torch.bfloat16, "torch"),
+        (mechanisms()["performer"](), 512, torch.bfloat16, "triton or torch"),
+        (mechanisms()["quantized"](), 512, torch.bfloat16, "triton or torch"),
+        (mechanisms()["quantized"](scheme="sine"), 512, torch.bfloat16, "torch"),
     ],
 )
 def test_auto_on_cuda(mechanism, queries, dtype, expected, monkeypatch):
-    monkeypatch.setattr(flex, "find_spec", lambda name: object())
+    """What runs, or what is raced."""
+    for module in (flex, triton_kernels):
+        monkeypatch.setattr(module, "find_spec", lambda name: object())
+    monkeypatch.setattr(flash, "race", lambda about, runners: " or ".join(runners))
     q, k = on_cuda(1, 4, queries, 64, dtype=dtype), on_cuda(1, 4, 512, 64, dtype=dtype)
     assert choose_backend(mechanism, "auto", q, k, k) == expected
     assert choose_backend(mechanism, "auto") == "torch"
+    q.requires_grad_()
+    if mechanism.name in ("performer", "quantized"):
+        trained = expected if mechanism.name == "performer" else "torch"
+        assert choose_backend(mechanism, "auto", q, k, k) == trained, "the kernel of codes has no backward pass"
+
+
+def test_a_race_is_run_once(monkeypatch):
+    took = {"slow": 2.0, "fast": 1.0}
+    timed = []
+    monkeypatch.setattr(flash, "timed", lambda run: timed.append(run()) or took[run()])
+    monkeypatch.setattr(flash, "_WON", OrderedDict())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        assert flash.race("a", {name: lambda name=name: name for name in took}) == "fast"
+    assert timed == ["slow", "fast"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert flash.race("b", {name: lambda name=name: name for name in took}) == "slow", "nothing is timed in a graph"
+    assert flash.race("a", {name: lambda name=name: name for name in took}) == "fast"
+    assert len(timed) == 2
 
 
 def test_flash_is_given_the_window(monkeypatch):
@@ -231,6 +257,7 @@ def test_compiled_twice_at_most(train, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # those of compilers
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", SERVED)
 def test_on_a_device(name, causal):

@@ -1,5 +1,6 @@
 """What kills a training: lost processes, SIGTERM, a full disk, other versions; and what it goes on from."""
 
+import json
 import os
 import resource
 import signal
@@ -162,15 +163,18 @@ def test_sizes_that_do_not_divide(layout, fields, length, words):
 
 
 KILLING = """
-import os, signal, sys
+import json, os, signal, sys
+from hf_tfast.training.piped import PipelineTrainer
 from hf_tfast.training.trainer import PretrainingTrainer
 from hf_tfast.training.run import pretrain
 from tests.training.tiny import arguments
 from tests.parallel.test_faults import OPTIONS
 from tests.parallel.trainings import train
 
-texts, out, victims, wait = sys.argv[1:5]
-original = PretrainingTrainer.training_step
+texts, out, victims, wait, layout = sys.argv[1:6]
+layout = json.loads(layout)
+trainer = PipelineTrainer if "pipeline_parallel" in layout else PretrainingTrainer
+original = trainer.training_step
 
 def step(self, *given, **more):
     loss = original(self, *given, **more)
@@ -180,18 +184,19 @@ def step(self, *given, **more):
         os.kill(os.getpid(), getattr(signal, wait))
     return loss
 
-PretrainingTrainer.training_step = step
-options = {**OPTIONS, "resume_from_checkpoint": "last"}
+trainer.training_step = step
+options = {**OPTIONS, "resume_from_checkpoint": "last", **layout}
 train(texts, out, int(os.environ["WORLD_SIZE"]), **options)
 """
 
 
-def torchrun(tmp_path, texts, out, victims, kind, *options):
+def torchrun(tmp_path, texts, out, victims, kind, *options, layout=None):
     (tmp_path / "script.py").write_text(KILLING)
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "127.0.0.1:0", *options, str(tmp_path / "script.py"), str(texts), str(out), victims, kind],
+         "--rdzv_endpoint", "127.0.0.1:0", *options, str(tmp_path / "script.py"), str(texts), str(out), victims, kind,
+         json.dumps(layout or {})],
         capture_output=True, text=True, timeout=500, check=False, cwd=root,
         # without the last one torch 2.13 gives restarted gloo processes the addresses of those that died
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -218,6 +223,22 @@ def test_killed_processes_go_on(texts, tmp_path, victims):
     again = torchrun(tmp_path, texts, out, victims, "SIGKILL")
     assert again.returncode == 0, again.stderr[-3000:]
     near(result(out), result(tmp_path / "unbroken"))
+
+
+PIPELINE = {"pipeline_parallel": 2, "per_device_train_batch_size": 4, "model": {"layers": 2}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [PIPELINE, {"shard": 2}], ids=["pipeline", "shard"])
+def test_killed_parts_go_on(texts, tmp_path, layout):
+    """Processes that hold parts of a model: the first is killed, torchrun starts all anew from the checkpoint."""
+    options = ["--max_restarts", "1"]
+    done = torchrun(tmp_path, texts, tmp_path / "out", "0", "SIGKILL", *options, layout=layout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out.killed-0").exists()
+    plain = torchrun(tmp_path, texts, tmp_path / "plain", "", "SIGKILL", layout=layout)
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    near(result(tmp_path / "out"), result(tmp_path / "plain"))
 
 
 @pytest.mark.slow

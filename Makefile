@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check style
+.PHONY: quickstart test check style matrix reference
 
 quickstart: $(VENV)/.ready
 	$(BIN)/tfast quickstart
@@ -20,6 +20,13 @@ style: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/tfast list --update README.md
+	$(BIN)/python docs/make_api.py
+
+matrix:
+	PYTHON=$(PYTHON) bash .ci/matrix
+
+reference: $(VENV)/.ready
+	$(BIN)/python docs/make_api.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -49,14 +49,14 @@ def test_after_an_evaluation(tmp_path):
 
 
 def cut_bert(folder):
-    """On a rank: a model whose layers no plan of Transformers names, cut, evaluated and saved."""
+    """On a rank that is a machine: a model whose layers no plan of Transformers names, cut, evaluated and saved."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
     model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, **sizes)).eval()
     ids = torch.arange(12).view(2, 6)
     expected = model(ids).logits
     rank = dist.get_rank()
-    cut = cut_model(model, Layout(shard=2, rank=rank), folder / "start", rank).eval()
+    cut = cut_model(model, Layout(shard=2, rank=rank), folder / f"start-{rank}", 0).eval()
     parts = [name for name, module in cut.named_modules() if hasattr(module, "unshard")]
     with torch.no_grad():
         found = cut(ids).logits

@@ -313,11 +313,11 @@ def cut_model(model: PreTrainedModel, layout: Layout, folder: Path, local_rank: 
         config.fsdp_plan = dict.fromkeys(stacks, "free_full_weight")
     if local_rank == 0:
         # by itself it writes on the first process of all machines alone, and every machine reads a file of its own
-        model.should_save_on_this_rank = lambda first: first  # type: ignore[method-assign]
+        vars(model)["should_save_on_this_rank"] = lambda first: first
         try:
             model.save_pretrained(folder)
         finally:
-            del model.should_save_on_this_rank
+            del vars(model)["should_save_on_this_rank"]
     dist.barrier()
     cut = type(model).from_pretrained(folder, distributed_config=config)
     dist.barrier()

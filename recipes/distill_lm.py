@@ -15,8 +15,8 @@ Transformers loads; texts are files, globs and folders (--text), or a data set o
         --output_dir runs/distill_lm --report docs/results/distill_lm --resume_from_checkpoint last
 
 The teacher above comes from recipes/pretrain_clm.py with the same texts. Expected: docs/results/distill_lm/table.md,
-in 18 minutes on one core with AVX-512 BF16 that others used too: perplexity 0.2 % above the teacher's for window, 0.7 %
-for hashed. Performer needs a training rather than a healing: 38 % after 280 steps at 1.5e-3
+in 18 minutes on one core with AVX-512 BF16 that others used too: perplexity 0.2 % above the teacher's for window and
+0.7 % for hashed. Performer needs a training rather than a healing: 38 % after 280 steps at 1.5e-3
 (docs/results/distill_lm_performer).
 Stopped and started again, the same command goes on at the last checkpoint and keeps the students that are done.
 --lora_rank 8 trains adapters in stage 2, --cache 64 reads the teacher's logits from disk (stage 2 only:

@@ -1,9 +1,9 @@
-"""The arithmetic floor: how long a pattern's multiplications alone take at the speed that this machine's matmul reaches.
+"""The arithmetic floor: how long a pattern's products alone take at the rate that this machine's matmul reaches.
 
 pairs   that the pattern reads, by its own predicate; longer inputs than QUERIES are counted on as many evenly spaced
         queries. Patterns that look at the content first, and mechanisms that are no pattern of pairs, have no floor.
 work    2 floating-point operations a pair and channel. Forward: scores (d) and outputs (e). Backward: scores once more
-        (d), the gradients of weights (e), values (e), queries (d) and keys (d). Softmax, memory and indices cost nothing.
+        (d), the gradients of weights (e), values (e), queries (d) and keys (d). Softmax and memory cost nothing.
 peak    the best of CALLS products of square matrices of SIDE in the same dtype, on the same device and threads.
 """
 
@@ -24,7 +24,7 @@ FIGURES = ("quartiles", "samples", "repeats", "speedup", "peak_bytes", "peak_met
 
 
 def operations(mechanism: Mechanism, case: Case) -> int | None:
-    """Floating-point operations of the case's matrix products; None where the pattern depends on more than positions."""
+    """Floating-point operations of the case's matrix products; None where a pattern depends on more than positions."""
     if type(mechanism).choose is not Mechanism.choose or type(mechanism).allowed is Mechanism.allowed:
         return None
     length = case.length - case.left_padding
@@ -66,4 +66,3 @@ def floors(timings: Iterable[Timing]) -> list[Record]:
         line = {key: value for key, value in timing.record().items() if key not in FIGURES}
         records.append({**line, "kind": "floor", "operations": work, "peak": speed, "seconds": work / speed})
     return records
-

@@ -167,17 +167,19 @@ class Quantized(Mechanism):
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, score: Score, codes: Codes) -> Tensor:
         """All in one kernel; the gradient is that of plain torch."""
         kernels, n = kernel("codes_triton"), 2 ** (self.bits - 1) - 1
-        side = lambda code, scale, x: kernels.Side(x) if code is None else kernels.Side(code, scale / n)  # noqa: E731
+
+        def side(code: Tensor | None, scale: Tensor | None, x: Tensor) -> Any:
+            return kernels.Side(x) if code is None or scale is None else kernels.Side(code, scale / n)
 
         @torch.no_grad()
         def run() -> Tensor:
             means = None
             if self.smooth and self.keys:
                 means = kernels.Means(codes.means, codes.block, 0 if int(mask.start) else self.smooth)
+            code, scale = encode(v, self.scheme, self.bits) if self.values else (None, None)
             return kernels.attend_codes(
                 q, side(codes.queries, codes.query_scale, q), side(codes.keys, codes.key_scale, k),
-                side(*(encode(v, self.scheme, self.bits) if self.values else (None, None)), v), means, score,
-                causal=mask.causal,
+                side(code, scale, v), means, score, causal=mask.causal,
             )  # fmt: skip
 
         def again(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:

@@ -113,7 +113,7 @@ class TFastModel(TFastPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # Transformers' models name position_ids twice, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -230,7 +230,7 @@ class TFastForCausalLM(TFastPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # Transformers' models name position_ids twice, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -297,7 +297,7 @@ class TFastForMaskedLM(TFastPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # Transformers' models name position_ids twice, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -41,7 +41,7 @@ class TFastForSequenceClassification(_Classifier):
         super().__init__(config, cast(int, config.num_labels))
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # Transformers' models name position_ids twice, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -98,7 +98,7 @@ class TFastForTokenClassification(_Classifier):
         super().__init__(config, cast(int, config.num_labels))
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # Transformers' models name position_ids twice, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -132,7 +132,7 @@ class TFastForQuestionAnswering(_Classifier):
         super().__init__(config, 2)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # Transformers' models name position_ids twice, too
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

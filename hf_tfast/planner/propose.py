@@ -13,7 +13,8 @@ Where time is short, single mechanisms that another one beats in time and in err
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..attention import Mechanism
 from ..attention.dense import Dense
 from ..benchmarking.fidelity import named
 from ..compression._batches import Batch, checked
+from ..integration._stamps import NAME, stamped_modules
 from ..integration.apply import apply_plan, remove_plan
 from ..integration.plan import FastPlan
 from .candidates import candidates
@@ -59,7 +61,8 @@ class LayerChoice:
 class Proposal:
     """A plan, and why.
 
-    plan           to apply with `apply_plan` or to give to `from_pretrained(quantization_config=...)`.
+    plan           to apply with `apply_plan` or to give to `from_pretrained(quantization_config=...)`; its `attention`
+                   is what a model with attention in its config takes, `from_pretrained(folder, attention=...)`.
     kind           of the end error: "kl" (nats per position) or "cosine" (one minus it).
     error          on the text the plan was chosen by; `unseen` on text it was not, which may lie above the budget.
     seconds        of the whole model with the plan, `dense_seconds` densely, `single_seconds` with the best
@@ -127,6 +130,7 @@ def propose_plan(
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be more than 0, or None for all the time it takes, got {seconds}")
     until = float("inf") if seconds is None else began + seconds
+    _check_dense(model)
     third = len(given) // 3
     first, chosen_by, last = given[:third], given[third:-third], given[-third:]
     length = _length(given[0])
@@ -140,13 +144,40 @@ def propose_plan(
     for layer in layers:
         layer.errors = [0.0, *layer.errors]
         layer.seconds = [layer.dense_seconds, *(layer.seconds[n] for n in quick)]
-    apply_plan(model, FastPlan(attention=Dense()))
-    try:
-        board = Switchboard(model, layers)
+    with _switchboard(model, layers) as board:
         wish = _Wish(max_error, rounds, training, until, report)
         return replace(_choose(board, layers, everything, _Texts(chosen_by, last), wish), slow=timed)
+
+
+@contextmanager
+def _switchboard(model: PreTrainedModel, layers: list[Layer]) -> Iterator[Switchboard]:
+    """Every layer ready to be given mechanisms; afterwards the model is as before."""
+    if getattr(model, "attention_in_config", False):  # its layers are ready as they are made
+        board = Switchboard(model, layers)
+        try:
+            yield board
+        finally:
+            board.put([Dense()] * len(layers))
+        return
+    apply_plan(model, FastPlan(attention=Dense()))
+    try:
+        yield Switchboard(model, layers)
     finally:
         remove_plan(model)
+
+
+def _check_dense(model: PreTrainedModel) -> None:
+    """ValueError for a model that has its attention in its config, where that is not dense, or not read at all."""
+    if not getattr(model, "attention_in_config", False):
+        return
+    if model.config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model).__name__} runs attn_implementation={model.config._attn_implementation!r}, which no choice "
+            f"would change: load it with attn_implementation={NAME!r}"
+        )
+    stamps = (stamp for _, stamp in stamped_modules(model) if stamp.kind == "self")
+    if fast := [named(stamp.mechanism) for stamp in stamps if not isinstance(stamp.mechanism, Dense)]:
+        raise ValueError(f"{type(model).__name__} runs {fast[0]} by its config: load it with attention=Dense()")
 
 
 @dataclass(frozen=True)

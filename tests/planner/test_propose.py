@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from hf_tfast import Dense, FastPlan, Nystrom, Window, apply_plan, propose_plan
+from hf_tfast import Dense, FastPlan, Nystrom, TFastConfig, TFastForCausalLM, Window, apply_plan, propose_plan
 from hf_tfast.attention import mechanisms
 from hf_tfast.benchmarking.environment import environment
 from hf_tfast.planner import measure, propose
@@ -210,3 +210,38 @@ def test_what_cannot_be_used(change, words):
 def test_a_model_with_a_plan_raises():
     with pytest.raises(ValueError, match="remove_plan"):
         propose_plan(apply_plan(llama(), FastPlan(attention=Window(window=8))), rows(), rounds=1)
+
+
+def tfast(**fields):
+    torch.manual_seed(0)
+    config = TFastConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, causal=True,
+        initializer_range=0.3, **fields,
+    )  # fmt: skip
+    return TFastForCausalLM(config).eval()
+
+
+def test_a_model_with_attention_in_its_config_is_planned_and_left_as_it_was(by_budget, tmp_path):
+    model, ids = tfast(), rows(1)[0]
+    with torch.no_grad():
+        before = model(**ids).logits
+    found = propose_plan(model, rows(), max_error=1e9, mechanisms=["window"], rounds=1)
+    assert found.kept
+    assert isinstance(found.plan.attention, Window)
+    assert found.error > 0
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, before)
+        model.save_pretrained(tmp_path)
+        fast = TFastForCausalLM.from_pretrained(tmp_path, attention=found.plan.attention)
+        assert not torch.equal(fast(**ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "implementation", "said"),
+    [({"attention": Window(window=4)}, "tfast", "attention=Dense"), ({}, "sdpa", "attn_implementation='tfast'")],
+)
+def test_a_model_whose_layers_cannot_be_switched_is_refused(fields, implementation, said):
+    model = tfast(**fields)
+    model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match=said):
+        propose_plan(model, rows(), mechanisms=["window"], rounds=1)

@@ -104,7 +104,7 @@ def test_bench_prints_json_alone(tfast, tmp_path):
     assert code == 0
     assert err == ""
     said = json.loads(out)
-    assert [r["kind"] for r in said["records"]] == ["environment"] + ["timing"] * 4
+    assert [r["kind"] for r in said["records"]] == ["environment"] + ["timing"] * 4 + ["floor"] * 2
     assert (tmp_path / said["folder"] / "table.md").exists()
     assert said["folder"].startswith("runs/bench-")
 

@@ -237,6 +237,7 @@ def in_layout(texts, out, rows, flags):
     return result(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["sequence_parallel", "pipeline"])
 def test_what_a_launch_leaves_in_the_environment(texts, tmp_path, config, monkeypatch):
     """As above without the launcher's own seconds: its variables, two processes, three steps."""

@@ -118,6 +118,23 @@ def _tile(dtype: torch.dtype, width: int) -> Tile:
 
 
 @triton.jit
+def _with_means(
+    s, q, M, N, columns, there, wide, start, j, D: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Scores with keys, and with the means of their blocks, which were subtracted from them."""
+    if ALIGNED:
+        mean = tl.load(M + tl.load(N + start) * D + wide, mask=wide < D, other=0)
+        s += tl.sum(q.to(tl.float32) * mean[None, :], 1)[:, None]
+    else:
+        own = tl.load(N + columns, mask=there, other=-1)
+        for n in range(tl.load(N + start), tl.load(N + tl.minimum(start + COLUMNS, j) - 1) + 1):
+            mean = tl.load(M + n * D + wide, mask=wide < D, other=0)
+            beside = tl.sum(q.to(tl.float32) * mean[None, :], 1)
+            s += tl.where((own == n)[None, :], beside[:, None], 0.0)
+    return s
+
+
+@triton.jit
 def _attend(
     Q, A, X, C, Y, E, Z, M, N, S, O,  # noqa: E741
     qb, qh, qt, ab, ah, at, cb, ch, ct, eb, eh, et, ob, oh, ot,
@@ -166,15 +183,7 @@ def _attend(
             if CODED_KEYS:
                 s = s * tl.load(Y + columns, mask=there, other=0)[None, :]
             if MEANS:
-                if ALIGNED:
-                    mean = tl.load(M + tl.load(N + start) * D + wide, mask=wide < D, other=0)
-                    s += tl.sum(q.to(tl.float32) * mean[None, :], 1)[:, None]
-                else:
-                    own = tl.load(N + columns, mask=there, other=-1)
-                    for n in range(tl.load(N + start), tl.load(N + tl.minimum(start + COLUMNS, j) - 1) + 1):
-                        mean = tl.load(M + n * D + wide, mask=wide < D, other=0)
-                        beside = tl.sum(q.to(tl.float32) * mean[None, :], 1)
-                        s += tl.where((own == n)[None, :], beside[:, None], 0.0)
+                s = _with_means(s, q, M, N, columns, there, wide, start, j, D, COLUMNS, ALIGNED)
             s = s * scale
             if CAP:
                 s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)  # tanh

@@ -41,7 +41,30 @@ INLINE float dot(const float *q, const char *row, long d, int bf16) {
     return sum;
 }
 
+/* How many threads are worth waking for so many numbers. */
 INLINE int at_work(long numbers, long threads) { return numbers < LITTLE ? 1 : (int)threads; }
+
+typedef void Work(const void *call, long n, char *room);
+
+/* work(call, n, room) for every n < `units`, in `bytes` of a thread's own. 0, or 1 where there is no memory. */
+static int spread(Work *work, const void *call, long units, long bytes, int threads) {
+    long failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        char *room = aligned_alloc(64, up(bytes, 64));
+        if (!room) {
+#pragma omp atomic
+            failed++;
+        }
+#pragma omp barrier
+        if (!failed) {
+#pragma omp for schedule(static)
+            for (long n = 0; n < units; n++) work(call, n, room);
+        }
+        free(room);
+    }
+    return failed != 0;
+}
 
 /* ---- attention ---- */
 
@@ -138,35 +161,22 @@ INLINE void one_head(const Step *c, long b, long h, Run *runs, float *room, int 
     put(&c->o, b, h, 0, out, count ? 1 / sum : 0, c->e, bf16); /* zeros where nothing is read */
 }
 
-static void head_of_floats(const Step *c, long b, long h, Run *runs, float *room) { one_head(c, b, h, runs, room, 0); }
-static void head_of_halves(const Step *c, long b, long h, Run *runs, float *room) { one_head(c, b, h, runs, room, 1); }
+static long room_of_runs(const Step *c) { return up((c->many + 2) * sizeof(Run), 64); }
 
-/* 0, or 1 where there is no memory. */
+static void attended(const void *call, long n, char *room) {
+    const Step *c = call;
+    float *numbers = (float *)(room + room_of_runs(c));
+    if (c->bf16) one_head(c, n / c->heads, n % c->heads, (Run *)room, numbers, 1);
+    else one_head(c, n / c->heads, n % c->heads, (Run *)room, numbers, 0);
+}
+
 int tfast_one_query(const Step *c) {
-    long failed = 0, near = c->high - c->low, units = c->batch * c->heads;
+    long near = c->high - c->low, units = c->batch * c->heads;
     for (long b = 0; c->lows && b < c->batch; b++)
         if (c->highs[b] - c->lows[b] > near) near = c->highs[b] - c->lows[b];
     long most = c->first + near + c->many * c->span, extra = up(c->d, LANES) + up(c->e, LANES) + LANES;
-#pragma omp parallel num_threads(at_work(units * most * (c->d + c->e), c->threads))
-    {
-        size_t runs = up((c->many + 2) * sizeof(Run), 64);
-        char *room = aligned_alloc(64, runs + up(4 * (extra + most), 64));
-        if (!room) {
-#pragma omp atomic
-            failed++;
-        }
-#pragma omp barrier
-        if (!failed) {
-#pragma omp for schedule(static)
-            for (long n = 0; n < units; n++) {
-                long b = n / c->heads, h = n % c->heads;
-                if (c->bf16) head_of_halves(c, b, h, (Run *)room, (float *)(room + runs));
-                else head_of_floats(c, b, h, (Run *)room, (float *)(room + runs));
-            }
-        }
-        free(room);
-    }
-    return failed != 0;
+    return spread(attended, c, units, room_of_runs(c) + 4 * (extra + most),
+                  at_work(units * most * (c->d + c->e), c->threads));
 }
 
 /* ---- the blocks of keys with the best bounds ---- */
@@ -242,26 +252,16 @@ INLINE void one_choice(const Blocks *c, long b, long h, float *room, int bf16) {
     largest_ones(s, copy, n, c->most, c->found + (b * c->heads + h) * c->most);
 }
 
+static void chosen_blocks(const void *call, long n, char *room) {
+    const Blocks *c = call;
+    if (c->bf16) one_choice(c, n / c->heads, n % c->heads, (float *)room, 1);
+    else one_choice(c, n / c->heads, n % c->heads, (float *)room, 0);
+}
+
 int tfast_best_blocks(const Blocks *c) {
-    long failed = 0, units = c->batch * c->heads;
-#pragma omp parallel num_threads(at_work(units * c->count * 2 * c->d, c->threads))
-    {
-        float *room = aligned_alloc(64, up(4 * (up(2 * c->d, LANES) + 2 * c->count), 64));
-        if (!room) {
-#pragma omp atomic
-            failed++;
-        }
-#pragma omp barrier
-        if (!failed) {
-#pragma omp for schedule(static)
-            for (long n = 0; n < units; n++) {
-                if (c->bf16) one_choice(c, n / c->heads, n % c->heads, room, 1);
-                else one_choice(c, n / c->heads, n % c->heads, room, 0);
-            }
-        }
-        free(room);
-    }
-    return failed != 0;
+    long units = c->batch * c->heads;
+    return spread(chosen_blocks, c, units, 4 * (up(2 * c->d, LANES) + 2 * c->count),
+                  at_work(units * c->count * 2 * c->d, c->threads));
 }
 
 /* ---- the keys of the query's buckets ---- */
@@ -387,24 +387,13 @@ INLINE void one_corner(const Corners *c, long unit, float *y, int bf16) {
     }
 }
 
+static void corners_of(const void *call, long n, char *room) {
+    const Corners *c = call;
+    if (c->bf16) one_corner(c, n, (float *)room, 1);
+    else one_corner(c, n, (float *)room, 0);
+}
+
 int tfast_corners(const Corners *c) {
-    long failed = 0, units = c->batch * c->groups, wide = c->rounds * c->columns;
-#pragma omp parallel num_threads(at_work(units * c->d * wide, c->threads))
-    {
-        float *y = aligned_alloc(64, up(4 * wide, 64));
-        if (!y) {
-#pragma omp atomic
-            failed++;
-        }
-#pragma omp barrier
-        if (!failed) {
-#pragma omp for schedule(static)
-            for (long n = 0; n < units; n++) {
-                if (c->bf16) one_corner(c, n, y, 1);
-                else one_corner(c, n, y, 0);
-            }
-        }
-        free(y);
-    }
-    return failed != 0;
+    long units = c->batch * c->groups, wide = c->rounds * c->columns;
+    return spread(corners_of, c, units, 4 * wide, at_work(units * c->d * wide, c->threads));
 }

@@ -61,8 +61,10 @@ def floors(timings: Iterable[Timing]) -> list[Record]:
         work = operations(mechanism_from_dict(timing.mechanism), case)
         if work is None:
             continue
-        speed = peaks.setdefault((case.dtype, case.device), 0.0) or peak(case.dtype, case.device)
-        peaks[case.dtype, case.device] = speed
+        where = case.dtype, case.device
+        if where not in peaks:
+            peaks[where] = peak(*where)
+        speed = peaks[where]
         line = {key: value for key, value in timing.record().items() if key not in FIGURES}
         records.append({**line, "kind": "floor", "operations": work, "peak": speed, "seconds": work / speed})
     return records

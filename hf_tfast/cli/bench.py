@@ -143,10 +143,18 @@ def _grid(context: typer.Context) -> Found:
     return folder, records, None
 
 
+def _page(context: typer.Context, name: str, page: str) -> str:
+    """The page of a suite, put between its markers on the page that --update names."""
+    from ..benchmarking.pages import renew
+
+    if context.params["update"] is not None:
+        renew(context.params["update"], name, page)
+    return page
+
+
 def _long_suite(context: typer.Context, name: str) -> Found:
     """`tfast bench --suite` of a suite that takes minutes; options are read from the context, as they were given."""
     from ..benchmarking.campaign import LENGTHS, QUICK, Run, conduct
-    from ..benchmarking.pages import renew
     from ..benchmarking.suites import long_suite
     from ..benchmarking.terminal import progress
 
@@ -168,17 +176,13 @@ def _long_suite(context: typer.Context, name: str) -> Found:
     chosen = long_suite(name)
     with progress(said["as_json"]) as report:
         folder, records = conduct(chosen, Run(**given, base={"device": said["device"]}), report)
-    page = chosen.markdown(records)
-    if said["update"] is not None:
-        renew(said["update"], name, page)
-    return folder, records, page
+    return folder, records, _page(context, name, chosen.markdown(records))
 
 
 def _feed_forward_suite(context: typer.Context) -> Found:
     """`tfast bench --suite feed_forward`; --lengths are numbers of rows."""
     from ..benchmarking.feed_forward import NAME, QUICK, ROWS, Run, conduct
     from ..benchmarking.feed_forward_pages import markdown
-    from ..benchmarking.pages import renew
     from ..benchmarking.terminal import progress
 
     unused = (*sorted(set(GRID_OPTIONS) - {"lengths"}), "level", "device", "seconds", "overwrite")
@@ -190,17 +194,13 @@ def _feed_forward_suite(context: typer.Context) -> Found:
     run = Run(**{option: said[option] for option in ("out", "resume", "rounds", "minutes", "plots")}, rows=rows)
     with progress(said["as_json"]) as report:
         folder, records = conduct(run, report)
-    page = markdown(records)
-    if said["update"] is not None:
-        renew(said["update"], NAME, page)
-    return folder, records, page
+    return folder, records, _page(context, NAME, markdown(records))
 
 
 def _h200_suite(context: typer.Context) -> Found:
     """`tfast bench --device cuda --suite h200`."""
     from ..benchmarking.h200 import NAME, Run, conduct
     from ..benchmarking.h200_pages import markdown
-    from ..benchmarking.pages import renew
     from ..benchmarking.terminal import progress
 
     unused = (*GRID_OPTIONS, "level", "overwrite")
@@ -210,7 +210,4 @@ def _h200_suite(context: typer.Context) -> Found:
     run = Run(**{option: said[option] for option in ("device", "quick", "out", "resume", "minutes", "plots")}, **given)
     with progress(said["as_json"]) as report:
         folder, records = conduct(run, report)
-    page = markdown(records)
-    if said["update"] is not None:
-        renew(said["update"], NAME, page)
-    return folder, records, page
+    return folder, records, _page(context, NAME, markdown(records))

@@ -1,6 +1,5 @@
 """Distillation that is stopped, and launches that it cannot follow: a checkpoint and the same losses, or a refusal."""
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -18,9 +17,9 @@ from hf_tfast.training.faults import Terminated
 from tests.distillation.test_trainer import changed, stages, trainer, weights
 from tests.distillation.tiny_lm import Rows, llama, windowed
 from tests.distillation.tiny_lm import arguments as quick
-from tests.training.tiny import arguments, write_texts
+from tests.training.tiny import RECIPES, arguments, load, write_texts
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "distill_lm.py"
+RECIPE = RECIPES / "distill_lm.py"
 SMALL = shlex.split(
     "--length 32 --max_steps 4 --layer_steps 3 --validation_sequences 2 --far 8 --plot false --disable_tqdm true "
     "--use_cpu true --logging_steps 1 --eval_steps 2 --save_steps 100 --speed_rounds 0 --report_to none"
@@ -110,10 +109,7 @@ def test_sigterm_saves_and_the_next_losses_are_the_same(objective, at, monkeypat
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("distill_lm", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("distill_lm")
 
 
 @pytest.fixture(scope="module")

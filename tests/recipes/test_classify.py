@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from tests.training.tasks.tiny_tasks import SMALL, classes_file, load, tags_file, tiny_bert, write_jsonl
+from tests.training.tasks.tiny_tasks import SMALL, classes_file, tags_file, tiny_bert, write_jsonl
+from tests.training.tiny import load
 
 SIZES = ("--hidden_size", "--layers", "--heads", "--intermediate_size", "--vocab_size")
 PRETRAINED = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) for word in pair if pair[0] not in SIZES]

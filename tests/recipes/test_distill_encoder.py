@@ -1,11 +1,9 @@
 """Two steps of the healing of an encoder, as a user starts it: offline, on texts of the test's own."""
 
-import importlib.util
 import json
 import os
 import shlex
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ from hf_tfast.quickstart.healing import trainable
 from hf_tfast.quickstart.healing_report import _scores
 from hf_tfast.training.faults import Terminated
 from tests.quickstart.tiny_encoder import WORDS, save_tiny_corpus, save_tiny_encoder
+from tests.training.tiny import load
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "distill_encoder.py"
 SMALL = shlex.split(
     "--length 128 --window 16 --train_length 100 --max_steps 2 --per_device_train_batch_size 2 --use_cpu true "
     "--report_to none --disable_tqdm true --eval_steps 1 --save_steps 1 --warmup_steps 0 --timed_documents 2 "
@@ -32,10 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("distill_encoder", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load("distill_encoder").main
 
 
 @pytest.fixture(scope="module")

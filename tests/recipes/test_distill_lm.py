@@ -1,11 +1,9 @@
 """The recipe as a user starts it: two steps of each stage on small texts, resumed, and what it leaves."""
 
-import importlib.util
 import json
 import math
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_tfast.training.tokens import learned_tokenizer
 from hf_tfast.training.trainer import Diverged
-from tests.training.tiny import arguments, write_texts
+from tests.training.tiny import arguments, load, write_texts
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "distill_lm.py"
 SMALL = shlex.split(
     "--length 32 --max_steps 2 --layer_steps 2 --validation_sequences 2 --far 8 --plot false --disable_tqdm true "
     "--use_cpu true --logging_steps 1 --save_steps 1 --speed_rounds 1 --report_to none"
@@ -26,10 +23,7 @@ WINDOW = '{"mechanism": "window", "window": 4}'
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("distill_lm", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("distill_lm")
 
 
 @pytest.fixture(scope="module")

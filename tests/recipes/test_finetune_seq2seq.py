@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import hf_tfast
-from tests.training.tasks.tiny_tasks import SMALL, dialogues_file, load, pairs_file, write_jsonl
+from tests.training.tasks.tiny_tasks import SMALL, dialogues_file, pairs_file, write_jsonl
+from tests.training.tiny import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 

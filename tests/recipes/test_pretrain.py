@@ -1,19 +1,16 @@
 """The recipes as a user starts them: two steps on small texts, in this process and under `accelerate launch`."""
 
-import importlib.util
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.training.tiny import write_texts
+from tests.training.tiny import RECIPES, load, write_texts
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = shlex.split(
     "--tokenizer bytes --length 32 --hidden_size 16 --layers 1 --heads 2 --intermediate_size 32 --max_steps 2 "
     "--validation_sequences 2 --far 8 --plot false --disable_tqdm true"
@@ -24,13 +21,6 @@ NAMES = ("pretrain_clm", "pretrain_mlm")
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("data") / "texts")
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import AutoModel
 
-from tests.training.tasks.tiny_tasks import SMALL, load, pairs_file, tiny_bert
+from tests.training.tasks.tiny_tasks import SMALL, pairs_file, tiny_bert
+from tests.training.tiny import load
 
 SCORE = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none"]
 

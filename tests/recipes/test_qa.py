@@ -3,7 +3,8 @@
 import pytest
 
 from tests.recipes.test_classify import PRETRAINED
-from tests.training.tasks.tiny_tasks import load, questions_file, tiny_bert, write_jsonl
+from tests.training.tasks.tiny_tasks import questions_file, tiny_bert, write_jsonl
+from tests.training.tiny import load
 
 
 def test_dense_and_window(tmp_path):

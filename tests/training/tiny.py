@@ -1,11 +1,22 @@
-"""Arguments of a training that takes a second, over texts made for the test."""
+"""Arguments of a training that takes a second, over texts made for the test, and recipes as modules."""
 
+import importlib.util
 import random
 from pathlib import Path
 
 from hf_tfast.training.arguments import DataArguments, ModelArguments, PretrainingArguments
 
 WORDS = ("window", "bucket", "token", "naïve", "query", "key", "λ", "value", "sum", "row")
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def load(name: str):
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_texts(folder: Path, count: int = 8, words: int = 60, seed: int = 0) -> Path:

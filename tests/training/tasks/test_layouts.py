@@ -12,7 +12,8 @@ from hf_tfast.training.faults import Terminated
 from hf_tfast.training.tasks.arguments import TaskTrainingArguments
 from hf_tfast.training.tasks.trainer import TaskTrainer
 from tests.parallel.ranks import run
-from tests.training.tasks.tiny_tasks import SMALL, classes_file, load, pairs_file, tiny_bert
+from tests.training.tasks.tiny_tasks import SMALL, classes_file, pairs_file, tiny_bert
+from tests.training.tiny import load
 
 LAYOUTS = {"data": ([], 2), "shard": (["--shard", "2"], 2), "tensor": (["--tensor_parallel", "2"], 4)}
 SAME = ["--train_sampling_strategy", "sequential", "--learning_rate", "1e-2", "--warmup_steps", "0",

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.training.tasks.tiny_tasks import RECIPES, SMALL, pairs_file
+from tests.training.tasks.tiny_tasks import SMALL, pairs_file
+from tests.training.tiny import RECIPES
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from hf_tfast.training.tasks import speeds
-from tests.training.tasks.tiny_tasks import SMALL, classes_file, load, pairs_file
+from tests.training.tasks.tiny_tasks import SMALL, classes_file, pairs_file
+from tests.training.tiny import load
 
 
 def trained(recipe, folder, *given):

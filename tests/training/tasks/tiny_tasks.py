@@ -1,26 +1,15 @@
-"""Small data of every task, arguments of trainings that take a second, and recipes loaded as modules."""
+"""Small data of every task, and arguments of trainings that take a second."""
 
-import importlib.util
 import json
 import random
 import shlex
-from pathlib import Path
 
-RECIPES = Path(__file__).parents[3] / "recipes"
 WORDS = {"red": "rot", "dog": "Hund", "cat": "Katze", "old": "alt", "big": "groß", "house": "Haus", "sees": "sieht"}
 SMALL = shlex.split(
     "--hidden_size 16 --layers 1 --heads 2 --intermediate_size 32 --vocab_size 300 --max_steps 2 --logging_steps 1 "
     "--per_device_train_batch_size 4 --eval_steps 1 --save_steps 1 --disable_tqdm true --use_cpu true "
     "--report_to none --source_length 24 --target_length 12"
 )
-
-
-def load(name):
-    """A recipe as a module."""
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sentences(count, seed=0):

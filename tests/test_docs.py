@@ -63,10 +63,30 @@ def test_pages_run(path):
         exec(compile("\n" * line + code, str(path), "exec"), scope)
 
 
-@pytest.mark.parametrize("path", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem)
+PAGES = [README, CONTRIBUTING, ROOT / "docs/results/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_links_lead_somewhere(path):
-    for link in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
-        assert link.startswith("http") or (path.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)\s]+)", path.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        there = path.parent / name if name else path
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def test_every_result_is_in_the_index():
+    page = (ROOT / "docs/results/README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs/results").rglob("table.md"):
+        assert f"({path.relative_to(ROOT / 'docs/results').as_posix()})" in page, path
 
 
 def test_errors_are_quoted_as_they_are():

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.few import few_keys, few_queries
+from ..backends.few import few_keys, few_queries, segment_means
 from ..backends.score import Score, softmax_attention
 from ._base import Mask, Mechanism, whole
 from ._rows import over_full_rows
@@ -79,17 +79,6 @@ class Nystrom(Mechanism):
 
     def full(self, length: int) -> "Nystrom":
         return replace(self, landmarks=max(length, 1))
-
-
-def segment_means(x: Tensor, segments: int) -> Tensor:
-    """[b h n d] -> [b h segments d] in at least fp32: means of n // segments tokens, of one more in the first ones."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    size, longer = divmod(x.shape[2], segments)
-    border = longer * (size + 1)
-    last = x[:, :, border:].unflatten(2, (segments - longer, size)).mean(3, dtype=wide)
-    if not longer:
-        return last
-    return torch.cat([x[:, :, :border].unflatten(2, (longer, size + 1)).mean(3, dtype=wide), last], 2)
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:

@@ -9,10 +9,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["few_keys", "few_queries", "few_queries_part"]
+from . import few_native
+
+__all__ = ["few_keys", "few_queries", "few_queries_part", "segment_means"]
 
 ELEMENTS = 2**19  # scores computed at a time on a CPU: they stay in the cache between two passes
 MORE = 2**25  # on other devices, which want few, large operations
+
+
+def segment_means(x: Tensor, segments: int) -> Tensor:
+    """[b h n d] -> [b h segments d] in at least fp32: means of n // segments tokens, of one more in the first ones."""
+    if few_native.serves((x,), (), None):
+        return _Means.apply(x, segments)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size, longer = divmod(x.shape[2], segments)
+    border = longer * (size + 1)
+    last = x[:, :, border:].unflatten(2, (segments - longer, size)).mean(3, dtype=wide)
+    if not longer:
+        return last
+    return torch.cat([x[:, :, :border].unflatten(2, (longer, size + 1)).mean(3, dtype=wide), last], 2)
 
 
 def few_keys(
@@ -79,6 +94,19 @@ def _scores(q: Tensor, k: Tensor, softcap: float | None, bias: Tensor | None = N
     return scores if bias is None else scores.add_(bias), slope
 
 
+class _Means(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, segments: int) -> Tensor:
+        ctx.save_for_backward(x)
+        return few_native.means(x, segments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return few_native.means_backward(x, grad), None
+
+
 class _FewKeys(torch.autograd.Function):
     """Queries [b h i d] in any dtype, chunked; keys (scaled), values and bias [n 1 j] in at least fp32."""
 
@@ -88,6 +116,10 @@ class _FewKeys(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, bias)  # type: ignore[arg-type]
         ctx.softcap = softcap  # type: ignore[attr-defined]
+        fixed = not ctx.needs_input_grad[3]  # type: ignore[attr-defined]
+        ctx.native = fixed and few_native.serves((q,), (k, v, bias), softcap)  # type: ignore[attr-defined]
+        if ctx.native:  # type: ignore[attr-defined]
+            return few_native.keys(q, k, v, bias)
         (b, h, i, _), e = q.shape, v.shape[-1]
         o = q.new_empty(b, i, h, e).transpose(1, 2)  # heads side by side: what an output projection reads
         for at in _chunks(i, k.shape[0] * k.shape[1], q.device):
@@ -99,6 +131,8 @@ class _FewKeys(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors  # type: ignore[attr-defined]
+        if ctx.native:  # type: ignore[attr-defined]
+            return *few_native.keys_backward(q, k, v, bias, grad), None, None
         dq, (b, h) = torch.empty_like(q), q.shape[:2]
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         dbias = None if bias is None else torch.zeros_like(bias)
@@ -123,6 +157,12 @@ class _FewQueries(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        ctx.softcap = softcap  # type: ignore[attr-defined]
+        ctx.native = few_native.serves((k, v), (q,), softcap)  # type: ignore[attr-defined]
+        if ctx.native:  # type: ignore[attr-defined]
+            o, lse = few_native.queries(q, k, v)
+            ctx.save_for_backward(q, k, v, o, lse)
+            return o, lse
         parts, sums = [], []
         for at in _chunks(k.shape[2], q.shape[0] * q.shape[1], q.device):
             scores, _ = _scores(q, _part(k, at, q.dtype), softcap)
@@ -134,17 +174,20 @@ class _FewQueries(torch.autograd.Function):
         o = torch.zeros_like(parts[0])
         for part, total in zip(parts, sums, strict=True):
             o.addcmul_(part, (total - lse).exp())
+        lse = lse[..., 0]
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.softcap = softcap  # type: ignore[attr-defined]
-        return o, lse[..., 0]
+        return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        rest = dlse - (grad * o).sum(-1)
+        if ctx.native:  # type: ignore[attr-defined]
+            return *few_native.queries_backward(q, k, v, lse, rest, grad), None
+        lse, rest = lse[..., None], rest[..., None]
         dq, (b, g) = torch.zeros_like(q), k.shape[:2]
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        rest = dlse[..., None] - (grad * o).sum(-1, keepdim=True)
         with torch.autocast(q.device.type, enabled=False):
             for at in _chunks(k.shape[2], q.shape[0] * q.shape[1], q.device):
                 keys = _part(k, at, q.dtype)

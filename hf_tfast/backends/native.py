@@ -8,8 +8,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 COMPILERS = ("cc", "gcc", "clang")
 # Not -ffast-math: what is not finite has to stay so.
@@ -18,11 +23,50 @@ FLAGS = (
     "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 PATIENCE = 120  # seconds
+SWITCH = "HF_TFAST_NATIVE"
 logger = logging.getLogger(__name__)
 
 
 class CannotCompile(Exception):
     """There is no library; the message says why."""
+
+
+class Rows(ctypes.Structure):
+    """A tensor [b h n d] as band_packing.h has it, with the numbers of a row side by side."""
+
+    _fields_ = [("at", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("b", "h", "row"))]
+
+    @staticmethod
+    def of(x: Tensor) -> "Rows":
+        return Rows(x.data_ptr(), *x.stride()[:3])
+
+
+def as_rows(*tensors: Tensor) -> list[Tensor]:
+    """With the numbers of a row side by side, as C reads them; tensors made like these are so, too."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def wanted(*tensors: Tensor) -> bool:
+    """Are these plain tensors on a CPU, in a program that runs now, and is the C not switched off?"""
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    return plain and not torch.compiler.is_compiling() and os.environ.get(SWITCH, "1") != "0"
+
+
+def on_vectors(name: str, symbols: Sequence[str], call: type[ctypes.Structure], what: str) -> list[Any] | None:
+    """Functions of `name`.c that take a pointer to `call` and give 0, for CPUs with AVX2 or more. None where there is
+    no C: a warning says that `what` is slower."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        if not capability.startswith(("AVX", "AMX")):
+            raise CannotCompile(f"this CPU has no wide vectors ({capability})")
+        library = load(name)
+    except CannotCompile as error:
+        logger.warning("%s runs on torch's own operations, which is slower: %s", what, error)
+        return None
+    found = [getattr(library, symbol) for symbol in symbols]
+    for function in found:
+        function.argtypes, function.restype = [ctypes.POINTER(call)], ctypes.c_int
+    return found
 
 
 def compiler() -> str | None:

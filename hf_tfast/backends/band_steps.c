@@ -1,4 +1,5 @@
-/* Softmax attention in a band around the diagonal, and over the first keys; called from fused.py, compiled on first use.
+/* Softmax attention in a band around the diagonal, over the first keys and over listed blocks of keys; called from
+   fused.py, compiled on first use.
 
    Queries come in chunks, chunks in blocks of a few rows. A chunk packs the keys and values that it reads, once for all
    query heads that share them. A block makes its scores, their softmax and its output while they lie in the cache:
@@ -6,79 +7,24 @@
        S = Q K^T     P = softmax(S)     O = P V                                                            forward
        dP = dO V^T   dS = P (dP - sum P dP)   dQ = dS K   dK += dS^T Q   dV += P^T dO                      backward
 
-   Every row has its own range of columns, so that there are no masks. All five products are one function: rows of
-   numbers, each spread over a vector, times vectors that lie side by side. In bf16, where the processor multiplies it
-   (AVX-512 BF16), a number is a pair of neighbours in the sum; elsewhere bf16 is widened to fp32 when it is packed.
-   Sums are fp32. */
+   Every row has its own range of columns in each part of its scores (band_parts.h), so that there are no masks. Listed
+   blocks may lie anywhere: a chunk packs every key then, and backward it holds every query of its key head, so that no
+   other chunk adds to the same gradients. All five products are one function: rows of numbers, each spread over a
+   vector, times vectors that lie side by side. In bf16, where the processor multiplies it (AVX-512 BF16), a number is a
+   pair of neighbours in the sum; elsewhere bf16 is widened to fp32 when it is packed. Sums are fp32. */
 
-#include "band_packing.h"
-
-typedef struct {
-    Rows q, k, v, o, grad, dq, dk, dv; /* the last four backward only; dk, dv are fp32 */
-    const float *sinks;                /* [h] logits, or null */
-    float *dsinks, *dfirst;            /* [chunks b h]; [chunks b g first d + e] */
-    long batch, heads, groups, queries, keys, d, e, before, after, first, offset, chunk, rows;
-    float scale;
-    int bf16, threads;
-} Call;
-
-/* Some columns of a block's scores: `n` of them, whole vectors, from packed column `from` on, at s[at]. */
-typedef struct {
-    int band;
-    long from, n, at;
-} Part;
-
-typedef struct {
-    long b, g, low, keys;  /* packed keys: the first ones, then `keys` from key `low` on */
-    long firsts, ld, wide, wider; /* columns of the first keys; of a row of scores; d and e in whole vectors */
-    Word *k_turned, *v_turned, *k_across, *v_across, *q, *q_across, *grad, *grad_across, *p, *p_pairs, *ds_pairs;
-    float *s, *dp, *out, *dk, *dv, *sum, *sink;
-} Chunk;
-
-/* Row `r` of the tensor of queries reads the first keys below `first`, and keys in [low, high). */
-typedef struct {
-    long first, low, high;
-} Reach;
-
-INLINE Reach reach(const Call *c, long row) {
-    long at = row + c->offset;
-    Reach x = {0, at - c->before, at + c->after + 1};
-    x.low = x.low < 0 ? 0 : x.low;
-    x.high = x.high > c->keys ? c->keys : x.high;
-    x.first = c->first < x.low ? c->first : x.low;
-    return x;
-}
-
-/* The columns that rows [row, row + m) read: how many parts. */
-INLINE int parts_of(const Call *c, const Chunk *x, long row, long m, Part *parts) {
-    Reach one = reach(c, row), last = reach(c, row + m - 1);
-    int n = 0;
-    if (last.first) parts[n++] = (Part){0, 0, x->firsts, 0};
-    long from = (one.low - x->low) / LANES * LANES;
-    parts[n++] = (Part){1, x->firsts + from, up(last.high - x->low, LANES) - from, x->firsts};
-    return n;
-}
-
-/* [low, high) of the row in the columns of a part. */
-INLINE void range(const Call *c, const Chunk *x, long row, const Part *part, long *low, long *high) {
-    Reach r = reach(c, row);
-    long shift = x->low + part->from - x->firsts;
-    *low = part->band ? r.low - shift : 0;
-    *high = part->band ? r.high - shift : r.first;
-}
+#include "band_parts.h"
 
 /* One row of scores -> exp(scale s - top), zeros where nothing is read; the sum of these, and the sink's part of it. */
 INLINE float softened(const Call *c, const Chunk *x, long row, float *s, const Part *parts, int n, long head,
-                      float *sink) {
+                      float *sink, int lists) {
     const float base2 = 1.44269504f;
     Vector factor = all(c->scale * base2), tops = all(-INFINITY);
     for (int i = 0; i < n; i++) {
-        long low, high;
-        range(c, x, row, parts + i, &low, &high);
-        for (long t = low / LANES * LANES; t < high; t += LANES) {
+        Range own = range(c, x, row, parts + i, lists);
+        for (long t = own.low / LANES * LANES; t < own.high; t += LANES) {
             Vector *at = (Vector *)(s + parts[i].at + t), y = *at * factor;
-            if (t < low || t + LANES > high)
-                y = (Vector)chosen(inside(t, low, high), (Whole)y, (Whole)all(-INFINITY));
+            if (!entire(own, t, lists)) y = (Vector)chosen(visible(own, t, lists), (Whole)y, (Whole)all(-INFINITY));
             tops = larger(y, tops);
         }
     }
@@ -86,14 +32,13 @@ INLINE float softened(const Call *c, const Chunk *x, long row, float *s, const P
     top = logit > top ? logit : top;
     Vector sums = all(0), most = all(top);
     for (int i = 0; i < n; i++) {
-        long low, high;
-        range(c, x, row, parts + i, &low, &high);
+        Range own = range(c, x, row, parts + i, lists);
         float *at = s + parts[i].at;
         long t = 0, end = parts[i].n;
-        for (; t + LANES <= low; t += LANES) *(Vector *)(at + t) = all(0);
-        for (; t < high; t += LANES) {
+        for (; t + LANES <= own.low; t += LANES) *(Vector *)(at + t) = all(0);
+        for (; t < own.high; t += LANES) {
             Vector y = power(*(Vector *)(at + t) * factor - most);
-            if (t < low || t + LANES > high) y = (Vector)((Whole)y & inside(t, low, high));
+            if (!entire(own, t, lists)) y = (Vector)((Whole)y & visible(own, t, lists));
             sums += y;
             *(Vector *)(at + t) = y;
         }
@@ -117,6 +62,7 @@ INLINE void scores(const Chunk *x, const Word *rows, const Word *columns, long m
 INLINE void gathered(const Chunk *x, const Word *weights, const Word *rows, long m, long wide, const Part *parts, int n,
                      int pairs) {
     int per = 1 + pairs;
+    if (!n) memset(x->out, 0, 4 * m * wide);
     for (int i = 0; i < n; i++) {
         const Part *part = parts + i;
         Product p = {weights + part->at / per, x->ld / per, 1, rows + part->from / per * wide, wide, LANES,
@@ -157,12 +103,19 @@ INLINE void weights(const Call *c, Chunk *x, long head, long row, long m, const 
     for (long r = 0; r < m; r++)
         plain(row_at(&c->q, x->b, head, row + r, c->bf16), c->d, c->bf16, pairs, x->q + r * terms);
     scores(x, x->q, x->k_turned, m, terms, parts, n, x->s, pairs);
-    for (long r = 0; r < m; r++) x->sum[r] = softened(c, x, row + r, x->s + r * x->ld, parts, n, head, x->sink + r);
+    for (long r = 0; r < m; r++) {
+        float *s = x->s + r * x->ld, *sink = x->sink + r;
+        if (c->lists) x->sum[r] = softened(c, x, row + r, s, parts, n, head, sink, 1);
+        else x->sum[r] = softened(c, x, row + r, s, parts, n, head, sink, 0);
+    }
 }
 
+/* 1 / the sum of a row's weights; 0 where it reads nothing. */
+INLINE float share(const Chunk *x, long r) { return x->sum[r] == 0 ? 0 : 1 / x->sum[r]; }
+
 INLINE void forward_block(const Call *c, Chunk *x, long head, long row, long m, int pairs) {
-    Part parts[2];
-    int n = parts_of(c, x, row, m, parts);
+    Part *parts = x->parts;
+    int n = parts_of(c, x, head, row, m, parts);
     weights(c, x, head, row, m, parts, n, pairs);
     const Word *p = (const Word *)x->s;
     if (pairs) {
@@ -172,14 +125,14 @@ INLINE void forward_block(const Call *c, Chunk *x, long head, long row, long m, 
         p = x->p;
     }
     gathered(x, p, x->v_across, m, x->wider, parts, n, pairs);
-    for (long r = 0; r < m; r++) put(&c->o, x->b, head, row + r, x->out + r * x->wider, 1 / x->sum[r], c->e, c->bf16);
+    for (long r = 0; r < m; r++) put(&c->o, x->b, head, row + r, x->out + r * x->wider, share(x, r), c->e, c->bf16);
 }
 
 /* P, and dP -> dS; the gradient of the sink's logit. */
 INLINE void differences(const Call *c, Chunk *x, long m, const Part *parts, int n, float *dsink) {
     for (long r = 0; r < m; r++) {
         float *s = x->s + r * x->ld, *dp = x->dp + r * x->ld;
-        Vector sums = all(0), factor = all(1 / x->sum[r]), scale = all(c->scale);
+        Vector sums = all(0), factor = all(share(x, r)), scale = all(c->scale);
         for (int i = 0; i < n; i++)
             for (long t = parts[i].at; t < parts[i].at + parts[i].n; t += LANES) {
                 Vector p = *(Vector *)(s + t) * factor;
@@ -187,7 +140,7 @@ INLINE void differences(const Call *c, Chunk *x, long m, const Part *parts, int 
                 sums += p * *(Vector *)(dp + t);
             }
         Vector mean = all(total(sums));
-        *dsink -= x->sink[r] / x->sum[r] * mean[0];
+        *dsink -= x->sink[r] * share(x, r) * mean[0];
         for (int i = 0; i < n; i++)
             for (long t = parts[i].at; t < parts[i].at + parts[i].n; t += LANES) {
                 Vector *at = (Vector *)(dp + t);
@@ -197,8 +150,8 @@ INLINE void differences(const Call *c, Chunk *x, long m, const Part *parts, int 
 }
 
 INLINE void backward_block(const Call *c, Chunk *x, long head, long row, long m, float *dsink, int pairs) {
-    Part parts[2];
-    int n = parts_of(c, x, row, m, parts);
+    Part *parts = x->parts;
+    int n = parts_of(c, x, head, row, m, parts);
     long terms = words(c->e, pairs), ld = x->ld;
     weights(c, x, head, row, m, parts, n, pairs);
     for (long r = 0; r < m; r++)
@@ -230,10 +183,10 @@ INLINE void backward_block(const Call *c, Chunk *x, long head, long row, long m,
    which holds `width` numbers a key. */
 INLINE void returned(const Call *c, const Chunk *x, const Rows *to, const float *from, long d, long wide, float *first,
                      long width) {
-    for (long r = 0; r < c->first; r++) memcpy(first + r * width, from + r * wide, 4 * d);
+    for (long r = 0; first && r < c->first; r++) memcpy(first + r * width, from + r * wide, 4 * d);
     for (long r = 0; r < x->keys; r++) {
         float *row = (float *)row_at(to, x->b, x->g, x->low + r, 0);
-        for (long t = 0; t < d; t++) row[t] += from[(x->firsts + r) * wide + t];
+        for (long t = 0; t < d; t++) row[t] += from[(x->skip + r) * wide + t];
     }
 }
 
@@ -242,31 +195,31 @@ INLINE void packed(const Call *c, const Chunk *x, const Rows *from, long d, long
                    int pairs) {
     long terms = words(d, pairs);
     if (to_turned) {
-        turned(from, x->b, x->g, 0, c->first, d, c->bf16, pairs, to_turned);
-        turned(from, x->b, x->g, x->low, x->keys, d, c->bf16, pairs, to_turned + x->firsts * terms);
+        if (x->skip) turned(from, x->b, x->g, 0, c->first, d, c->bf16, pairs, to_turned);
+        turned(from, x->b, x->g, x->low, x->keys, d, c->bf16, pairs, to_turned + x->skip * terms);
     }
     if (to_across) {
-        across(from, x->b, x->g, 0, c->first, x->firsts, d, wide, c->bf16, pairs, to_across);
+        if (x->skip) across(from, x->b, x->g, 0, c->first, x->skip, d, wide, c->bf16, pairs, to_across);
         across(from, x->b, x->g, x->low, x->keys, up(x->keys, LANES), d, wide, c->bf16, pairs,
-               to_across + x->firsts / (1 + pairs) * wide);
+               to_across + x->skip / (1 + pairs) * wide);
     }
 }
 
 INLINE void one_chunk(const Call *c, Chunk *x, long number, int backward, int pairs) {
-    long share = c->heads / c->groups, from = number * c->chunk;
+    long each = c->heads / c->groups, from = number * c->chunk;
     long to = from + c->chunk < c->queries ? from + c->chunk : c->queries, side = number * c->batch + x->b;
-    x->low = reach(c, from).low;
-    x->keys = reach(c, to - 1).high - x->low;
+    x->low = c->lists ? 0 : reach(c, from).low;
+    x->keys = c->lists ? c->keys : reach(c, to - 1).high - x->low;
     packed(c, x, &c->k, c->d, x->wide, x->k_turned, x->k_across, pairs);
     packed(c, x, &c->v, c->e, x->wider, x->v_turned, x->v_across, pairs);
     if (backward) {
-        memset(x->dk, 0, 4 * (x->firsts + up(x->keys, LANES)) * x->wide);
-        memset(x->dv, 0, 4 * (x->firsts + up(x->keys, LANES)) * x->wider);
+        memset(x->dk, 0, 4 * (x->skip + up(x->keys, LANES)) * x->wide);
+        memset(x->dv, 0, 4 * (x->skip + up(x->keys, LANES)) * x->wider);
     }
-    for (long head = x->g * share; head < (x->g + 1) * share; head++) {
+    for (long head = x->g * each; head < (x->g + 1) * each; head++) {
         float dsink = 0;
-        for (long row = from; row < to; row += c->rows) {
-            long m = row + c->rows < to ? c->rows : to - row;
+        for (long row = from, m; row < to; row += m) {
+            m = together(c, row, to);
             if (backward) backward_block(c, x, head, row, m, &dsink, pairs);
             else forward_block(c, x, head, row, m, pairs);
         }
@@ -274,9 +227,9 @@ INLINE void one_chunk(const Call *c, Chunk *x, long number, int backward, int pa
     }
     if (!backward) return;
     long width = c->d + c->e;
-    float *first = c->dfirst + (side * c->groups + x->g) * c->first * width;
+    float *first = c->dfirst ? c->dfirst + (side * c->groups + x->g) * c->first * width : 0;
     returned(c, x, &c->dk, x->dk, c->d, x->wide, first, width);
-    returned(c, x, &c->dv, x->dv, c->e, x->wider, first + c->d, width);
+    returned(c, x, &c->dv, x->dv, c->e, x->wider, first ? first + c->d : 0, width);
 }
 
 static void chunk_of_floats(const Call *c, Chunk *x, long number, int backward) {
@@ -300,10 +253,12 @@ INLINE void *taken(char **room, size_t count) {
 /* Lays the chunk's arrays out from `room` on; where they end. With a null room: how large it has to be. */
 static size_t laid_out(const Call *c, Chunk *x, char *room, int backward) {
     char *at = room;
-    long m = c->rows, reached = c->before + c->after, keys = up(c->chunk + reached, LANES);
+    long m = c->rows, near = up(c->chunk + c->before + c->after, LANES);
     x->firsts = up(c->first, LANES), x->wide = up(c->d, LANES), x->wider = up(c->e, LANES);
-    x->ld = x->firsts + up(m + reached, LANES) + 2 * LANES;
-    long rows = x->firsts + keys, wide = x->wide, wider = x->wider;
+    x->skip = c->lists ? 0 : x->firsts, x->ld = most_columns(c);
+    long rows = c->lists ? up(c->keys, LANES) : x->skip + near, wide = x->wide, wider = x->wider;
+    x->parts = taken(&at, most_parts(c) * sizeof(Part) / 4);
+    x->blocks = taken(&at, (c->lists ? c->most : 0) * sizeof(long) / 4);
     x->k_turned = taken(&at, rows * c->d);
     x->v_across = taken(&at, rows * wider);
     x->q = taken(&at, m * c->d);

@@ -1,4 +1,4 @@
-"""The band in C computes what the definition says, on what models give it, and stands aside where it has no word."""
+"""Bands and lists in C are what the definition says, on what models give them, and stand aside where C has no word."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from hf_tfast.attention import Mask, Score, attend
+from hf_tfast.attention.graph import Graph
+from hf_tfast.attention.random import Random
 from hf_tfast.attention.window import Window
 from hf_tfast.backends import fused
-from hf_tfast.testing import Shape, assert_near, generator, qkv, with_gradients
+from hf_tfast.backends.blocks import Layout, attend_tiles
+from hf_tfast.testing import Shape, assert_near, generator, naive_attention, qkv, with_gradients
 from tests.attention.contract import MASKS, make_mask, make_score
 from tests.backends.broken_compiler import broken_compiler
 
@@ -23,6 +26,20 @@ SHAPES = {  # name: shape, window, sinks
     "many chunks": (Shape(h=2, g=1, j=900, d=48, e=80), 40, 40),
     "wide": (Shape(h=1, g=1, i=400, j=500, d=64), 230, 0),
 }
+LISTS = {  # name: shape, keys that the band reaches on either side, sinks, block, length of the lists
+    "one token": (Shape(b=1, h=2, g=1, j=1), 4, 2, 16, 2),
+    "odd": (Shape(b=2, h=4, g=2, i=130, j=200, d=17, e=33), 16, 35, 20, 3),
+    "bigbird": (Shape(b=1, h=3, g=3, j=330, d=32), 64, 128, 64, 3),
+    "no band": (Shape(b=2, h=2, g=1, i=150, j=170, d=16, e=48), None, 0, 32, 2),
+    "tiny blocks": (Shape(b=1, h=4, g=2, i=90, j=110), 5, 9, 3, 9),
+    "many chunks": (Shape(b=1, h=2, g=1, j=1200, d=16), 30, 5, 48, 4),
+    "nothing listed": (Shape(b=1, h=2, g=2, j=100), 3, 4, 16, 0),
+}
+PATTERNS = (
+    Window(window=33, sinks=3),
+    Random(window=20, sinks=3, blocks=2, block=24),
+    Graph(blocks=tuple((a, a // 2, 0) for a in range(40)), block=20),
+)
 
 
 @pytest.fixture
@@ -43,8 +60,12 @@ def compare(mechanism, mask, score, q, k, v, *seed):
     if score.sinks is not None:
         score = replace(score, sinks=score.sinks.double())
     exact = with_gradients(lambda *x: attend(*x[:3], mechanism, mask, x[3], backend="reference"), *wide, score, *seed)
+    check(fast, exact, q.dtype)
+
+
+def check(fast, exact, dtype):
     for name, x in fast.items():
-        tolerance = TOLERANCE[q.dtype] * (exact[name].norm() / x.numel() ** 0.5 + 1).item()
+        tolerance = TOLERANCE[dtype] * (exact[name].norm() / x.numel() ** 0.5 + 1).item()
         assert_near(x.double(), exact[name].double(), name, tolerance)
 
 
@@ -59,25 +80,76 @@ def test_c_is_the_definition(ran, name, causal, dtype):
     assert ran == ([] if causal and shape.j == 1 else [0, 1])  # one query under causality is a step of decoding
 
 
+def listed(name, causal, shared):
+    """A layout with random lists, holes, repetitions and numbers of no block in them; the pairs that it reads."""
+    shape, reach, sinks, block, most = LISTS[name]
+    i, count, draws = shape.i or shape.j, -(-shape.j // block), generator("lists", name, causal, shared)
+    lists = torch.randint(-1, count + 1, (1 if shared else shape.h, count + shared, most), generator=draws)
+    lists[:, torch.rand(count + shared, generator=draws) < 0.2] = -1
+    after = reach or 0  # causality hides what lies behind, whatever the band holds
+    near = None if reach is None else lambda i, j: (i - j <= reach) & (j - i <= after)
+    layout = Layout(
+        near=near, before=reach or 0, after=after, sinks=sinks, open_sinks=not causal, lists=lists, block=block,
+        causal=causal, solid=near is not None,
+    )  # fmt: skip
+    row, key = torch.arange(shape.j - i, shape.j)[:, None], torch.arange(shape.j)
+    seen = (lists[:, row // block, :, None] == (key // block)).any(-2).flatten(1, -2) | (key < sinks)
+    seen = seen if near is None else seen | near(row, key)
+    return layout, seen & (key <= row) if causal else seen | (row < sinks)
+
+
+def compare_lists(layout, seen, score, q, k, v, *seed):
+    fast = with_gradients(lambda *x: attend_tiles(*x[:3], layout, x[3]), q, k, v, score, *seed)
+    wide = [x.double() for x in (q, k, v)]
+    if score.sinks is not None:
+        score = replace(score, sinks=score.sinks.double())
+    check(fast, with_gradients(lambda *x: naive_attention(*x[:3], seen, x[3]), *wide, score, *seed), q.dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_are_the_definition(ran, name, causal, shared, dtype):
+    """Blocks that the band or the sinks hold too, wholly or in part, are read once; empty lists give zeros."""
+    layout, seen = listed(name, causal, shared)
+    shape = LISTS[name][0]
+    q, k, v = qkv(shape, name, causal, shared, dtype=dtype, transposed=shared)
+    score = Score(scale=0.3, sinks=torch.randn(shape.h, generator=generator(name))) if shared else Score()
+    compare_lists(layout, seen, score, q, k, v, name)
+    assert ran == [0, 1]
+
+
+def test_lists_have_to_fit(ran):
+    layout, _ = listed("odd", True, True)
+    q, k, v = qkv(LISTS["odd"][0], "fit", dtype=torch.float32)
+    with pytest.raises(ValueError, match="the lists cover 180 positions, but there are 200"):
+        attend_tiles(q, k, v, replace(layout, lists=layout.lists[:, :9]), Score())
+    with pytest.raises(ValueError, match="for 1 or for all 4 heads, got lists of 3"):
+        attend_tiles(q, k, v, replace(layout, lists=layout.lists.expand(3, -1, -1)), Score())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", MASKS)
-def test_masks(ran, kind, causal):
+@pytest.mark.parametrize("pattern", [Window(window=8, sinks=2), PATTERNS[1]], ids=lambda x: x.name)
+def test_masks(ran, pattern, kind, causal):
     """Padding and packing are rows of their own; those of a cache that dropped keys stay with the tiles."""
     shape = Shape(b=2, h=4, g=2, i=130, j=200)
     q, k, v = qkv(shape, kind, causal, dtype=torch.float32)
     mask = make_mask(kind, causal, 2, 200)
-    compare(Window(window=8, sinks=2), mask, make_score("sinks", 4), q, k, v, kind, causal)
+    compare(pattern, mask, make_score("sinks", 4), q, k, v, kind, causal)
     assert bool(ran) is not kind.startswith("start")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_what_makes_no_difference(ran, dtype):
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda x: x.name)
+def test_what_makes_no_difference(ran, pattern, dtype):
     """Threads, strides, and what the environment switches off."""
     q, k, v = qkv(Shape(h=4, g=2, j=700, d=32), "same", dtype=dtype)
-    window, mask = Window(window=33, sinks=3), Mask(causal=True)
+    mask = Mask(causal=True)
 
     def run(*x):
-        return with_gradients(lambda *y: attend(*y[:3], window, mask, backend="torch"), *x, Score()).values()
+        return with_gradients(lambda *y: attend(*y[:3], pattern, mask, backend="torch"), *x, Score()).values()
 
     first, threads = list(run(q, k, v)), torch.get_num_threads()
     try:
@@ -100,13 +172,14 @@ def test_what_makes_no_difference(ran, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_never_reads_the_future(ran, dtype):
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda x: x.name)
+def test_never_reads_the_future(ran, pattern, dtype):
     q, k, v = qkv(Shape(h=2, g=1, j=600, d=16), "future", dtype=dtype)
-    window, mask = Window(window=50, sinks=2), Mask(causal=True)
-    before = attend(q, k, v, window, mask, backend="torch")
+    mask = Mask(causal=True)
+    before = attend(q, k, v, pattern, mask, backend="torch")
     for x in (q, k, v):
         x[:, :, 311:] = torch.randn(x[:, :, 311:].shape, generator=generator("other")) * 9
-    after = attend(q, k, v, window, mask, backend="torch")
+    after = attend(q, k, v, pattern, mask, backend="torch")
     assert torch.equal(before[:, :, :311], after[:, :, :311])
     assert not torch.equal(before[:, :, 311:], after[:, :, 311:])
     assert ran == [0, 0]
@@ -143,6 +216,10 @@ def test_it_stands_aside(ran):
         attend(*inputs, window, mask, score, backend="torch")
     attend(*inputs, window, Mask(causal=True, start=9, kept=4), backend="torch")
     attend(*inputs, Window(window=fused.WIDEST + 1), mask, backend="torch")
+    attend(*inputs, Random(blocks=fused.LISTED[0] + 1, block=8), mask, backend="torch")
+    attend(*inputs, Random(blocks=2, block=1 + fused.LISTED[1] // 2), mask, backend="torch")
+    few = [x[:, :, -4:] if n == 0 else x for n, x in enumerate(inputs)]  # for which packing every key costs more
+    attend(*few, Random(blocks=2, block=8), mask, backend="torch")
     attend(*(x.double() for x in inputs), window, mask, backend="torch")
     assert ran == []
     exported = torch.export.export(_Attends(), inputs)
@@ -179,3 +256,17 @@ def test_faults_are_found(ran, monkeypatch, wrong):
     q, k, v = qkv(Shape(h=2, g=1, i=100, j=150), "faults", dtype=torch.float32)
     with pytest.raises(AssertionError, match="off by"):
         compare(Window(window=9, sinks=2), Mask(causal=True), Score(), q, k, v)
+
+
+@pytest.mark.parametrize("wrong", ["before", "after", "offset", "first", "list", "most", "banded", "causal"])
+def test_faults_in_lists_are_found(ran, monkeypatch, wrong):
+    made = fused._Call
+
+    def faulty(**given):
+        return made(**given | {wrong: given[wrong] - 1 if given[wrong] else 1})
+
+    monkeypatch.setattr(fused, "_Call", faulty)
+    layout, seen = listed("odd", True, False)
+    q, k, v = qkv(LISTS["odd"][0], "faults", dtype=torch.float32)
+    with pytest.raises(AssertionError, match="off by"):
+        compare_lists(layout, seen, Score(), q, k, v)

@@ -77,7 +77,8 @@ def whole_checkpoint(trainer: Any, trial: Any = None) -> Iterator[Path]:
     """A folder to write checkpoint-<step> into; it moves to where it belongs when every process has written its part.
 
     trial  of a search for hyper-parameters, whose checkpoints have a folder of their own.
-    CheckpointError, with what is left on the disk, where it cannot be written.
+    CheckpointError, with what is left on the disk, where it cannot be written: in the process that cannot, and in the
+    others when it has left.
     """
     run = Path(trainer._get_output_dir(trial))
     name, first = f"checkpoint-{trainer.state.global_step}", trainer.args.should_save
@@ -91,14 +92,17 @@ def whole_checkpoint(trainer: Any, trial: Any = None) -> Iterator[Path]:
         _set_best(trainer, working, run, name)
         if first:
             _to_disk(working / name)
+        _meet(trainer)  # a process that could not write its part has left, and the others learn it here
     except Exception as error:
-        shutil.rmtree(working, ignore_errors=True)
+        lost = _left_alone(error)
+        if first or lost:  # whoever writes the rest would not find the folder again
+            shutil.rmtree(working, ignore_errors=True)
         free = shutil.disk_usage(run if run.exists() else run.parent).free
+        why = "another process left while it was written, and its own error says why" if lost else str(error)
         raise CheckpointError(
-            f"{name} could not be written to {run} ({free / 2**20:.0f} MiB are free there): {error}. The checkpoints "
+            f"{name} could not be written to {run} ({free / 2**20:.0f} MiB are free there): {why}. The checkpoints "
             "before it are whole; make room and go on with --resume_from_checkpoint last"
         ) from error
-    _meet(trainer)
     if first:
         if (run / name).exists():  # of a training that went on from an earlier one
             shutil.rmtree(run / name)
@@ -129,6 +133,12 @@ def _to_disk(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def _left_alone(error: Exception) -> bool:
+    """Did processes fail to talk? They are told no more than that a connection was closed, and gloo does so without a
+    class of errors of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _meet(trainer: Any) -> None:

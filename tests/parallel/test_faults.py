@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from hf_tfast import TFastConfig
 from hf_tfast.training import launch
 from hf_tfast.training.faults import CheckpointError, Terminated
-from hf_tfast.training.launch import check_ranks, check_sizes
+from hf_tfast.training.guards import check_launch
+from hf_tfast.training.launch import check_sizes
 from hf_tfast.training.layout import Layout
 from hf_tfast.training.trainer import PretrainingTrainer
 from tests.parallel.ranks import run
@@ -73,15 +75,16 @@ def test_sigterm_saves_and_ends_well(texts, tmp_path, whole, monkeypatch):
     assert_equal(train(texts, tmp_path / "out", resume_from_checkpoint="last", **OPTIONS)[0], whole)
 
 
-def small_files(limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def fill_the_disk(left):
+    """From now on no file of this process grows beyond `left` bytes, and whoever tries gets an error."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(texts, tmp_path, whole, monkeypatch):
     """Writing fails in the middle of the optimiser's file, as on a disk that is full."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    during(monkeypatch, 3, lambda: small_files(60_000))
+    during(monkeypatch, 3, lambda: fill_the_disk(60_000))
     try:
         with pytest.raises(CheckpointError, match="checkpoint-4 could not be written .* MiB are free there"):
             train(texts, tmp_path / "out", **OPTIONS)
@@ -118,13 +121,13 @@ def test_a_kill_while_writing_leaves_no_checkpoint(texts, tmp_path, whole, monke
 
 
 def disagreeing(how):
-    """On a rank: what the check says when rank 1 differs."""
-    arguments = SimpleNamespace(world_size=2)
+    """On a rank: what the check before every training says when rank 1 differs."""
+    arguments = SimpleNamespace(world_size=2, device=torch.device("cpu"), fp16=False)
     if dist.get_rank() == 1:
         original = launch.versions
         launch.versions = lambda: {**original(), **how}
     try:
-        check_ranks(arguments)
+        check_launch(arguments)
     except ValueError as error:
         return str(error)
     finally:
@@ -168,10 +171,10 @@ from hf_tfast.training.piped import PipelineTrainer
 from hf_tfast.training.trainer import PretrainingTrainer
 from hf_tfast.training.run import pretrain
 from tests.training.tiny import arguments
-from tests.parallel.test_faults import OPTIONS
+from tests.parallel.test_faults import OPTIONS, fill_the_disk
 from tests.parallel.trainings import train
 
-texts, out, victims, wait, layout = sys.argv[1:6]
+texts, out, victims, kind, layout = sys.argv[1:6]
 layout = json.loads(layout)
 trainer = PipelineTrainer if "pipeline_parallel" in layout else PretrainingTrainer
 original = trainer.training_step
@@ -181,7 +184,10 @@ def step(self, *given, **more):
     mark = f"{out}.killed-{os.environ['RANK']}"
     if self.state.global_step == 4 and os.environ["RANK"] in victims.split(",") and not os.path.exists(mark):
         open(mark, "w").close()
-        os.kill(os.getpid(), getattr(signal, wait))
+        if kind.isdigit():
+            fill_the_disk(int(kind))
+        else:
+            os.kill(os.getpid(), getattr(signal, kind))
     return loss
 
 trainer.training_step = step
@@ -203,6 +209,23 @@ def torchrun(tmp_path, texts, out, victims, kind, *options, layout=None):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def unbroken(texts, tmp_path_factory):
+    """The result of two processes that nothing happens to, by layout; each is trained once."""
+    found = {}
+
+    def of(layout=None):
+        name = json.dumps(layout or {})
+        if name not in found:
+            folder = tmp_path_factory.mktemp("unbroken")
+            done = torchrun(folder, texts, folder / "out", "", "SIGKILL", layout=layout)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[name] = result(folder / "out")
+        return found[name]
+
+    return of
+
+
 def near(found, expected):
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     for name, weight in expected["weights"].items():
@@ -211,10 +234,8 @@ def near(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victims", ["1", "0,1"])
-def test_killed_processes_go_on(texts, tmp_path, victims):
+def test_killed_processes_go_on(texts, tmp_path, unbroken, victims):
     """kill -9 in the middle of a step, of one process and of all: the same command goes on, to the same losses."""
-    unbroken = torchrun(tmp_path, texts, tmp_path / "unbroken", "", "SIGKILL")
-    assert unbroken.returncode == 0, unbroken.stderr[-3000:]
     out = tmp_path / "out"
     died = torchrun(tmp_path, texts, out, victims, "SIGKILL")
     assert died.returncode != 0
@@ -222,7 +243,7 @@ def test_killed_processes_go_on(texts, tmp_path, victims):
     assert not (out / "metrics.json").exists()
     again = torchrun(tmp_path, texts, out, victims, "SIGKILL")
     assert again.returncode == 0, again.stderr[-3000:]
-    near(result(out), result(tmp_path / "unbroken"))
+    near(result(out), unbroken())
 
 
 PIPELINE = {"pipeline_parallel": 2, "per_device_train_batch_size": 4, "model": {"layers": 2}}
@@ -230,30 +251,26 @@ PIPELINE = {"pipeline_parallel": 2, "per_device_train_batch_size": 4, "model": {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [PIPELINE, {"shard": 2}], ids=["pipeline", "shard"])
-def test_killed_parts_go_on(texts, tmp_path, layout):
+def test_killed_parts_go_on(texts, tmp_path, unbroken, layout):
     """Processes that hold parts of a model: the first is killed, torchrun starts all anew from the checkpoint."""
     options = ["--max_restarts", "1"]
     done = torchrun(tmp_path, texts, tmp_path / "out", "0", "SIGKILL", *options, layout=layout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out.killed-0").exists()
-    plain = torchrun(tmp_path, texts, tmp_path / "plain", "", "SIGKILL", layout=layout)
-    assert plain.returncode == 0, plain.stderr[-3000:]
-    near(result(tmp_path / "out"), result(tmp_path / "plain"))
+    near(result(tmp_path / "out"), unbroken(layout))
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_what_was_killed(texts, tmp_path):
+def test_torchrun_restarts_what_was_killed(texts, tmp_path, unbroken):
     """--max_restarts: no hand is needed."""
     done = torchrun(tmp_path, texts, tmp_path / "out", "1", "SIGKILL", "--max_restarts", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out.killed-1").exists()
-    plain = torchrun(tmp_path, texts, tmp_path / "plain", "", "SIGKILL")
-    assert plain.returncode == 0, plain.stderr[-3000:]
-    near(result(tmp_path / "out"), result(tmp_path / "plain"))
+    near(result(tmp_path / "out"), unbroken())
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_two(texts, tmp_path):
+def test_sigterm_to_one_of_two(texts, tmp_path, unbroken):
     """All stop after the same step, with one checkpoint, and exit with 0."""
     done = torchrun(tmp_path, texts, tmp_path / "out", "1", "SIGTERM")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -261,6 +278,29 @@ def test_sigterm_to_one_of_two(texts, tmp_path):
     assert not (tmp_path / "out" / "metrics.json").exists()
     again = torchrun(tmp_path, texts, tmp_path / "out", "1", "SIGTERM")
     assert again.returncode == 0, again.stderr[-3000:]
-    plain = torchrun(tmp_path, texts, tmp_path / "plain", "", "SIGTERM")
-    near(result(tmp_path / "out"), result(tmp_path / "plain"))
-    assert plain.returncode == 0
+    near(result(tmp_path / "out"), unbroken())
+
+
+LEFT = "another process left while it was written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "victims", "left"),
+    [({}, "0", 60_000), ({}, "1", 0), ({"shard": 2}, "0,1", 60_000), ({"shard": 2}, "0", 0)],
+    ids=["whole", "whole-second", "shard", "shard-at-once"],
+)
+def test_a_full_disk_ends_both(texts, tmp_path, unbroken, layout, victims, left):
+    """Not even half of the optimiser's file fits, or nothing does; the other process waits for a part of the weights,
+    or to be told that all is written. Both say what happened, the checkpoint before is whole, and training goes on."""
+    out = tmp_path / "out"
+    full = torchrun(tmp_path, texts, out, victims, str(left), layout=layout)
+    assert full.returncode != 0
+    told = re.findall(r"CheckpointError: checkpoint-6 could not be written to \S+ \(\d+ MiB are free .*", full.stderr)
+    assert len(told) == 2, full.stderr[-5000:]
+    assert sum(LEFT in line for line in told) == 1, told
+    assert all("make room and go on with --resume_from_checkpoint last" in line for line in told)
+    assert names(out) == ["checkpoint-2", "checkpoint-4"]
+    again = torchrun(tmp_path, texts, out, victims, str(left), layout=layout)
+    assert again.returncode == 0, again.stderr[-3000:]
+    near(result(out), unbroken(layout))

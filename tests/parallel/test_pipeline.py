@@ -10,7 +10,7 @@ from hf_tfast.parallel.pipeline_stage import Stage, cut_layers
 from hf_tfast.parallel.sequence import token_loss
 from hf_tfast.testing import assert_near
 from tests.models.tiny_tfast import make, tokens
-from tests.parallel.ranks import RankError, run
+from tests.parallel.ranks import run
 
 IDS = tokens(4, 24)
 LABELS = IDS.clone()
@@ -82,14 +82,22 @@ def test_two_processes_are_one(kind):
             assert_near(gathered[key], x, f"{key} of {name}", 1e-8)
 
 
-def too_many_stages():
-    Pipeline(make_model("causal", {}), stages=3)
+def uneven():
+    """On a rank: what is said of too many stages, too few micro-batches, and rows that micro-batches do not divide."""
+    model, found = make_model("causal", {}), []
+    for options in ({"stages": 3}, {"microbatches": 1}, {"microbatches": 3}):
+        with pytest.raises(ValueError, match="stages|micro-batches") as raised:
+            Pipeline(model, **options).step({"input_ids": IDS, "labels": LABELS})
+        found.append(str(raised.value))
+    return found
 
 
 @pytest.mark.slow
-def test_more_stages_than_layers():
-    with pytest.raises(RankError, match="6 stages need as many layers, and the model has 4"):
-        run(too_many_stages, 2)
+def test_sizes_that_do_not_divide():
+    for stages, few, rows in run(uneven, 2):
+        assert "6 stages need as many layers, and the model has 4" in stages
+        assert "2 processes need at least as many micro-batches, got 1" in few
+        assert "4 rows" in rows
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

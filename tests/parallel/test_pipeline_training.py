@@ -1,8 +1,11 @@
 """Recipes' training as a pipeline and over shared sequences: the curve, checkpoints and model of one process."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from hf_tfast.testing import assert_near
+from hf_tfast.training.layout import Layout
 from hf_tfast.training.piped import PipelineTrainer
 from hf_tfast.training.trainer import PretrainingTrainer
 from tests.parallel.ranks import run
@@ -48,6 +51,16 @@ def test_an_encoder(tmp_path):
     expected = train(texts, tmp_path / "one", model=MODEL, two_way=True)[0]
     found = run(on_rank, 2, texts, str(tmp_path), ["pipeline"], two_way=True, group=False, timeout=280)[0]
     assert_same(found["pipeline"], expected, "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"fp16": True}, "in bf16 or fp32, not in fp16"), ({"train_batch_size": 1}, "needs 2 of them: raise .* to 2")],
+)
+def test_what_a_pipeline_refuses(fields, words):
+    given = {"layout": Layout(pipeline=2), "fp16": False, "train_batch_size": 2, **fields}
+    with pytest.raises(ValueError, match=words):
+        PipelineTrainer(model=None, args=SimpleNamespace(**given))
 
 
 FOUR = {  # the rows of a step are shared by two pipelines of two processes

@@ -29,10 +29,10 @@ def gradients(mechanism, causal, documents, cuts, *, dropout=0.0, logits=False, 
     sinks = torch.randn(shape.h, generator=generator("sinks"), dtype=torch.float64) if logits else None
     upstream = torch.randn(*q.shape[:3], v.shape[-1], generator=generator("up", cuts), dtype=torch.float64)
 
-    def run(at, call):
+    def run(at, call, rank=0):
         leaves = [x[:, :, at].clone().requires_grad_() for x in (q, k, v)]
         own = None if sinks is None else sinks.clone().requires_grad_()
-        score = Score(sinks=own, dropout=dropout, seed=11 if dropout else None)
+        score = Score(sinks=own, dropout=dropout, seed=11 + rank if dropout else None)  # rank 0's counts
         o = call(*leaves, mechanism, Mask(causal=causal, segments=documents[:, at]), score)
         o.backward(upstream[:, :, at])
         return [o.detach(), *(x.grad for x in leaves), None if own is None else own.grad]
@@ -42,7 +42,7 @@ def gradients(mechanism, causal, documents, cuts, *, dropout=0.0, logits=False, 
 
     def rank(wire):
         at = slice(ends[wire.rank], ends[wire.rank + 1])
-        return run(at, lambda *given: attend_shared(*given, wire)), wire.sent
+        return run(at, lambda *given: attend_shared(*given, wire), wire.rank), wire.sent
 
     parts, sent = zip(*simulate(len(cuts), rank), strict=True)
     found = {name: (one[n], torch.cat([p[n] for p in parts], 2)) for n, name in enumerate(("o", "q", "k", "v"))}

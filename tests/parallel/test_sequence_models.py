@@ -65,10 +65,10 @@ def one_process(model, batch):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def shared(model, batch, wire=None):
+def shared(model, batch, wire=None, items=None):
     model = copy.deepcopy(model)
     with SequenceParallel(model, wire) as sequence:
-        loss = sequence.loss(batch)
+        loss = sequence.loss(batch, items)
         loss.backward()
         sequence.reduce_gradients()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
@@ -99,6 +99,16 @@ def test_float32_and_a_whole_reference(monkeypatch):
         expected = one_process(model, PLAIN)
         for found in simulate(2, lambda wire, model=model: shared(model, PLAIN, wire)):
             assert_same(found, expected, 1e-5)
+
+
+def test_a_given_number_of_items_divides_the_loss():
+    """As where gradients are accumulated over batches: twice the labels of this one, half its loss and gradients."""
+    model = MODELS["causal"]().double()
+    loss, gradients = one_process(model, PLAIN)
+    items = 2 * int((LABELS[:, 1:] != -100).sum())
+    half = loss / 2, {name: x / 2 for name, x in gradients.items()}
+    for found in simulate(2, lambda wire: shared(model, PLAIN, wire, items)):
+        assert_same(found, half)
 
 
 def test_checkpointing_replays_the_exchange():

@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from hf_tfast.training.guards import check_launch
+from hf_tfast.training.layout import Layout
+
+TWO = {"WORLD_SIZE": "2"}
 
 
-def launched(device="cpu", world=1, fp16=False, fsdp=None):
-    return SimpleNamespace(device=torch.device(device), world_size=world, fp16=fp16, fsdp=fsdp)
+def launched(device="cpu", world=1, fp16=False, fsdp=None, **more):
+    return SimpleNamespace(device=torch.device(device), world_size=world, fp16=fp16, fsdp=fsdp, **more)
+
+
+def cut(fields, **more):
+    return {"world": 2, "layout": Layout(**fields), **more}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +37,12 @@ def launched(device="cpu", world=1, fp16=False, fsdp=None):
         ({"fsdp": "full_shard"}, {}, "FSDP on a CPU"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP on a CPU"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed needs GPUs"),
+        ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "megatron_lm needs GPUs"),
+        ({}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config needs GPUs"),
+        (cut({"shard": 2}, fsdp="full_shard"), TWO, "accelerate's own sharding, and the layout .shard 2. has one"),
+        (cut({"shard": 2, "offload": True}), TWO, "offloading shards to CPU memory on a CPU moves nothing"),
+        (cut({"shard": 2}, optim="adamw_bnb_8bit"), TWO, "adamw_bnb_8bit keeps its states in kernels"),
+        (cut({"tensor": 2}, fp16=True, device="cuda"), TWO, "fp16 with tensor parallelism"),
     ],
 )
 def test_refused(arguments, environment, words):

@@ -77,11 +77,26 @@ def on_rank(folder, wanted):
         for name in names:
             more, rows = LAYOUTS[name]
             found[kind, name] = train(kind, folder, name, more, rows)
-    try:
-        train("bert", folder, "tensor", *LAYOUTS["tensor"])
-    except ValueError as error:
-        found["refused"] = str(error)
+    found["refused"] = [
+        refusal(lambda: train("bert", folder, "tensor", *LAYOUTS["tensor"])),
+        refusal(lambda: train("classes", folder, "thin-two", [*LAYOUTS["tensor"][0], "--heads", "1"])),
+        refusal(lambda: evaluate(folder, "thin", LAYOUTS["tensor"][0])),
+    ]
     return found
+
+
+def refusal(call):
+    with pytest.raises(ValueError, match="layout|divide") as raised:
+        call()
+    return str(raised.value)
+
+
+def evaluate(folder, name, more):
+    """The recipe that scores a trained model of `classes`."""
+    given = ["--task", "sequence", "--model", str(folder / f"classes-{name}" / "window" / "model"), "--test_file",
+             str(folder / "classes.jsonl"), "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true",
+             "--output_dir", str(folder / f"scored-{name}")]  # fmt: skip
+    return load("evaluate_model").main([*given, *more])["test"]
 
 
 @pytest.mark.slow
@@ -89,11 +104,14 @@ def test_every_layout_trains_as_one_process(files):
     """Rows do not fill the last batch of an evaluation; the best checkpoint is loaded and scored at the end."""
     wanted = {"translation": list(LAYOUTS), "classes": list(LAYOUTS), "bert": ["data", "shard"]}
     alone = {kind: train(kind, files, "one") for kind in wanted}
+    train("classes", files, "thin", ["--heads", "1"])  # of one head, which cannot be shared
     for answers in run(on_rank, 2, files, wanted, group=False, timeout=600):
         for kind, names in wanted.items():
             for name in names:
                 assert_same(answers[kind, name], alone[kind], f"{kind} {name}")
-        assert "is no TFast model" in answers["refused"]
+        foreign, *heads = answers["refused"]
+        assert "is no TFast model" in foreign
+        assert all("attention heads, and 1 do not divide evenly" in words for words in heads)
 
 
 def stopped(folder):

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..backends import run_native
 from ..backends.bucket_store import BucketStore
 from ..backends.buckets import buckets, directions
 from ..backends.draws import uniform
@@ -128,6 +129,8 @@ class Hashed(Chosen):
             runs, reach = runs.join(Runs.window(sizes, self.window, at)), (*reach, self.window)
         if backend == "flex":
             return attend_flex_runs(q, k, v, runs, score)
+        if run_native.serves(q, k, v, score, max(self.cap, 2 * self.window + 1)):
+            return run_native.attend_runs(q, k, v, runs, score)
         lists = list(run_lists(sizes, runs, reach, tile_size(max(sizes.i * (sizes.h // sizes.g), 1), self.bits)))
         return attend_lists(q, k, v, lists, score, at)
 

@@ -9,6 +9,8 @@ or where HF_TFAST_NATIVE=0 asks for it.
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,24 +18,21 @@ import torch
 from torch import Tensor
 
 from . import native
+from .native import SWITCH, Rows, as_rows
 from .score import Score
 from .tiles import Call, Layout
 
 __all__ = ["SWITCH", "add_backward", "as_rows", "forward", "serves"]
 
-SWITCH = "HF_TFAST_NATIVE"
 WIDEST = 4096  # keys of a band, at most: a few rows of scores should fit the second-level cache
 ROWS = 24  # of a block
 CHUNK = (192, 768)  # queries that share packed keys: a quarter of all, between these
 LISTED = (512, 16384)  # blocks in a list, and keys in them, at most
 PACKED = 8  # keys to a query, at most, where each chunk packs every key
 PIECES, LEAST = 16, 512  # then: chunks in all, and queries of one, so that packing stays a small part
+FEWEST, LONG = 64, 8192  # queries of a chunk that reads every key; keys from which on fewer rows go together
 DTYPES = (torch.float32, torch.bfloat16)
 logger = logging.getLogger(__name__)
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("at", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("b", "h", "row"))]
 
 
 TENSORS = ("q", "k", "v", "o", "grad", "dq", "dk", "dv")
@@ -59,7 +58,7 @@ SIZES = [
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, _Rows) for name in TENSORS),
+        *((name, Rows) for name in TENSORS),
         *((name, ctypes.c_void_p) for name in ("sinks", "dsinks", "dfirst", "lists")),
         *((name, ctypes.c_long) for name in SIZES),
         ("scale", ctypes.c_float),
@@ -110,8 +109,9 @@ def _library() -> tuple[Any, Any] | None:
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor) -> None:
-    """Write o [b h i e], but for the queries that read everything."""
-    _run(0, call, {"q": q, "k": k, "v": v, "o": o}, sinks, _chunk(call))
+    """Write o [b h i e]."""
+    for part in _parts(call, False):
+        _run(part, call, {"q": q, "k": k, "v": v, "o": o}, sinks)
 
 
 def add_backward(
@@ -120,63 +120,102 @@ def add_backward(
     grad: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
-    """Write dq, but for the queries that read everything; add to dk, dv and dsinks, all three fp32."""
+    """Write dq; add to dk, dv and dsinks, all three fp32."""
     (q, k, v, sinks), (dq, dk, dv, dsinks) = inputs, grads
-    lay, queries = call.layout, call.i - call.opened
-    chunk = max(_chunk(call), lay.before + lay.after)  # then every other chunk has keys of its own
-    chunk = chunk if lay.lists is None else max(queries, 1)
-    chunks, first = -(-queries // chunk), min(lay.sinks, call.j) if lay.lists is None else 0
-    apart = dk.new_zeros(chunks, call.b, call.g, first, call.d + v.shape[-1]) if first else None
-    logits = None if dsinks is None else dk.new_zeros(chunks, call.b, call.h)
     (grad,) = as_rows(grad)
     tensors = {"q": q, "k": k, "v": v, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
-    _run(1, call, tensors, sinks, chunk, logits, apart)
-    if apart is not None:
-        more = apart.sum(0)
-        dk[:, :, :first] += more[..., : call.d]
-        dv[:, :, :first] += more[..., call.d :]
-    if dsinks is not None and logits is not None:
-        dsinks += logits.sum((0, 1))
+    for part in _parts(call, True):
+        first = 0 if part.lists is not None else part.first
+        apart = dk.new_zeros(part.chunks, call.b, call.g, first, call.d + v.shape[-1]) if first else None
+        logits = None if dsinks is None else dk.new_zeros(part.chunks, call.b, call.h)
+        _run(part, call, tensors, sinks, logits, apart)
+        if apart is not None:
+            more = apart.sum(0)
+            dk[:, :, :first] += more[..., : call.d]
+            dv[:, :, :first] += more[..., call.d :]
+        if dsinks is not None and logits is not None:
+            dsinks += logits.sum((0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Queries [low, high) of a call, in chunks, and the keys that they read: see Layout."""
+
+    backward: bool
+    low: int
+    high: int
+    chunk: int
+    before: int
+    after: int = 0
+    first: int = 0
+    lists: Tensor | None = None
+    banded: bool = True
+    rows: int = ROWS
+
+    @property
+    def chunks(self) -> int:
+        return -(-(self.high - self.low) // self.chunk)
+
+
+def _parts(call: Call, backward: bool) -> Iterator[_Part]:
+    """The queries that read every key, for which the band is that wide; then the others."""
+    lay, opened = call.layout, call.opened
+    pieces = 1 if backward else max(PIECES // (call.b * call.g), 1)  # no two chunks add to the same gradients
+    if opened:
+        chunk, rows = max(-(-opened // pieces), min(FEWEST, opened)), ROWS if call.j <= LONG else ROWS // 2
+        yield _Part(
+            backward=backward, low=0, high=opened, chunk=chunk, rows=rows, before=call.offset + opened - 1,
+            after=call.j - 1 - call.offset,
+        )  # fmt: skip
+    if (queries := call.i - opened) <= 0:
+        return
+    if lay.lists is not None:
+        chunk = queries if backward else max(-(-call.i // pieces), LEAST)
+    else:
+        least, most = CHUNK
+        chunk = min(max(call.i // 4 // ROWS * ROWS, least), most)
+        chunk = max(chunk, lay.before + lay.after) if backward else chunk  # then every other one has its own keys
+    yield _Part(
+        backward=backward, low=opened, high=call.i, chunk=chunk, before=lay.before,
+        after=0 if lay.causal else lay.after, first=min(lay.sinks, call.j), lists=lay.lists,
+        banded=lay.near is not None,
+    )  # fmt: skip
 
 
 def _run(
-    which: int,
+    part: _Part,
     call: Call,
     tensors: dict[str, Tensor],
     sinks: Tensor | None,
-    chunk: int,
     dsinks: Tensor | None = None,
     apart: Tensor | None = None,
 ) -> None:
-    done = call.opened
-    if done >= call.i:
-        return
-    lay = call.layout
     logits = None if sinks is None else sinks.detach().float().contiguous()
-    lists = None if lay.lists is None else _lists(lay.lists, call)
-    after = 0 if lay.causal else lay.after
-    rows = (0, 0, 1) if lists is None else (lists[0].numel() if len(lists) > 1 else 0, lists.shape[-1], lay.block)
+    lists = None if part.lists is None else _lists(part.lists, call)
+    table = (0, 0, 1)
+    if lists is not None:
+        table = (lists[0].numel() if len(lists) > 1 else 0, lists.shape[-1], call.layout.block)
     sizes = (
-        call.b, call.h, call.g, call.i - done, call.j, call.d, tensors["v"].shape[-1], lay.before, after,
-        min(lay.sinks, call.j), call.offset + done, chunk, ROWS, *rows,
+        call.b, call.h, call.g, part.high - part.low, call.j, call.d, tensors["v"].shape[-1], part.before, part.after,
+        part.first, call.offset + part.low, part.chunk, part.rows, *table,
     )  # fmt: skip
     given = _Call(
         scale=call.score.factor(call.d),
         bf16=tensors["q"].dtype == torch.bfloat16,
-        threads=min(torch.get_num_threads(), call.b * call.g * -(-(call.i - done) // chunk)),
-        banded=lay.near is not None,
-        causal=lay.causal,
+        threads=min(torch.get_num_threads(), call.b * call.g * part.chunks),
+        banded=part.banded,
+        causal=call.layout.causal,
         **dict(zip(SIZES, sizes, strict=True)),
     )
     for name, x in tensors.items():
-        x = x[:, :, done:] if name in ("q", "o", "grad", "dq") else x
-        setattr(given, name, _Rows(x.data_ptr(), *x.stride()[:3]))
+        x = x[:, :, part.low :] if name in ("q", "o", "grad", "dq") else x
+        setattr(given, name, Rows.of(x))
     for name, room in (("sinks", logits), ("dsinks", dsinks), ("dfirst", apart), ("lists", lists)):
         setattr(given, name, None if room is None else room.data_ptr())
     functions = _library()
     if functions is None:
         raise RuntimeError("a band was given to the C, but there is none: ask `serves` first")
-    if functions[which](ctypes.byref(given)):
+    if functions[part.backward](ctypes.byref(given)):
         raise MemoryError("no memory for the packed keys of a chunk")
 
 
@@ -189,17 +228,3 @@ def _lists(lists: Tensor, call: Call) -> Tensor:
     if not lists.shape[-1]:
         lists = lists.new_full((1, lists.shape[1], 1), -1)
     return lists.to(call.device, torch.int64).contiguous()
-
-
-def _chunk(call: Call) -> int:
-    """Queries of a chunk: by the shape alone, so that numbers do not depend on the threads."""
-    least, most = CHUNK
-    if call.layout.lists is not None:
-        pieces = max(PIECES // (call.b * call.g), 1)
-        return max(-(-call.i // pieces), LEAST)
-    return min(max(call.i // 4 // ROWS * ROWS, least), most)
-
-
-def as_rows(*tensors: Tensor) -> list[Tensor]:
-    """With the numbers of a row side by side, as C reads them; tensors made like these are so, too."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -59,7 +59,7 @@ class Layout:
 class Call:
     """What the tiles of one call share: q [b h i d], k [b g j d]; see `attend_tiles` for start, kept and behind."""
 
-    fused = False  # does C serve the band? see fused.py
+    fused = False  # does C serve it? see fused.py
 
     def __init__(
         self, q: Tensor, k: Tensor, layout: Layout, score: Score, start: int, kept: int, behind: int = 0
@@ -82,9 +82,9 @@ class Call:
         return min(self.i, max(self.layout.sinks - self.offset, 0)) if self.layout.open_sinks else 0
 
     def tiles(self) -> Iterator["Tile"]:
-        """Every query in exactly one tile; with `fused`, those alone that read every key."""
+        """Every query in exactly one tile; none with `fused`."""
         lay, query = self.layout, self.opened
-        if query:
+        if query and not self.fused:
             yield Edge(self, slice(0, query), slice(0, self.j))
         if not self.fused:
             yield from self._band(query) if lay.lists is None else self._listed(lay.lists, query)

@@ -27,6 +27,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ..backends.draws import draw
 from ..backends.few import few_keys
 from ..backends.score import Score, softmax_attention
+from ..backends.traced import tracing
 from ._base import Mask, Mechanism, whole
 
 
@@ -75,7 +76,8 @@ class Linformer(Mechanism):
         wide = torch.promote_types(q.dtype, torch.float32)
         block = torch.arange(len(places), device=q.device)[:, None] * self.rank
         counts = (block + places < j).sum(0).to(wide)
-        k, v = (_Fold.apply(x, places, rows) / counts[:, None] for x in (k, v))
+        fold = _folded if tracing() else _Fold.apply
+        k, v = (fold(x, places, rows) / counts[:, None] for x in (k, v))
         bias = counts.log().expand(q.shape[1], -1)
         if score.sinks is not None:  # one more key, which scores zero everywhere, with the logit as its bias
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -84,6 +86,15 @@ class Linformer(Mechanism):
 
     def full(self, length: int) -> "Linformer":
         return replace(self, rank=max(length, 1))
+
+
+def _folded(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """What `_Fold` computes, without a loop, as an exported program wants it."""
+    blocks, rank = places.shape
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = torch.nn.functional.pad(x, (0, 0, 0, blocks * rank - x.shape[2]))
+    at = torch.arange(blocks, device=x.device)[:, None] * rank + places
+    return x.index_select(2, at.flatten()).unflatten(2, (blocks, rank)).sum(2)
 
 
 class _Fold(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from . import fused
+from . import fused, traced
 from .score import Score
 from .tiles import Call, Layout, Tile
 
@@ -38,6 +38,9 @@ def attend_tiles(
     wide = q.device.type == "cpu" and q.dtype == torch.float16  # CPUs multiply fp16 slowly, and accumulate in fp16
     if wide:
         q, k, v = q.float(), k.float(), v.float()
+    if traced.serves(layout, score, q.shape[2], k.shape[2], start):
+        o = traced.band(q, k, v, layout, score)
+        return o.half() if wide else o
     with torch.autocast(q.device.type, enabled=False):
         call = Call(q, k, layout, score, start, kept, behind)
         call.fused = fused.serves(layout, score, q, k, v, start)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from . import few_native
+from . import few_native, traced
 
 __all__ = ["few_keys", "few_queries", "few_queries_part", "segment_means"]
 
@@ -42,6 +42,8 @@ def few_keys(
         h, wide = q.shape[1], torch.promote_types(q.dtype, torch.float32)
         k, v = (_heads(x.to(wide), h) for x in (k, v))
         bias = None if bias is None else bias.to(wide).repeat(q.shape[0], 1)[:, None]
+        if traced.tracing():
+            return traced.few_keys(q, k * scale, v, softcap, bias).to(q.dtype)
         return _FewKeys.apply(q, k * scale, v, bias, softcap)
 
 
@@ -64,7 +66,8 @@ def few_queries_part(
     with torch.autocast(q.device.type, enabled=False):
         b, g = k.shape[:2]
         rows = (q.to(torch.promote_types(q.dtype, torch.float32)) * scale).reshape(b * g, -1, q.shape[-1])
-        o, lse = _FewQueries.apply(rows, k, v, softcap)
+        run = traced.few_queries if traced.tracing() else _FewQueries.apply
+        o, lse = run(rows, k, v, softcap)
         return o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 

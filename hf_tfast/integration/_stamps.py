@@ -10,6 +10,7 @@ the stamp and nothing else. Both are plain attributes of the module: they surviv
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..attention import Mechanism
@@ -85,4 +86,6 @@ def last_run(module: nn.Module) -> Ran | None:
 
 
 def note(module: nn.Module, ran: Ran) -> None:
-    setattr(module, _RAN, ran)
+    """Remember a call; what torch.export records is none, and its lengths may be open."""
+    if not torch.compiler.is_exporting():
+        setattr(module, _RAN, ran)

@@ -108,6 +108,11 @@ def _attention_function(name: str) -> Callable[..., tuple[Tensor, Tensor | None]
 def _dispatch(
     name: str, module: nn.Module, qkv: tuple[Tensor, Tensor, Tensor], given: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"{type(module).__name__}: torch.jit.trace would keep what these inputs decide for all others, and cannot "
+            "record fast attention: use torch.export.export(model, ...), whose programs ONNX and OpenVINO take, too"
+        )
     stamp = _stamp(name, module, given)
     _refuse(options, module)
     q, k, v = _autocast(*qkv)

@@ -13,6 +13,7 @@ from hf_tfast import (
     TFastForCausalLM,
     Window,
     apply_plan,
+    attention_report,
     dequantise,
     mechanisms,
 )
@@ -93,8 +94,12 @@ def test_the_program_is_sparse():
         graphs = [m.graph for m in one.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
         return [node for graph in graphs for node in graph.nodes]
 
-    assert any("scaled_dot_product" in str(node.target) for node in nodes(dense))
-    assert not any("scaled_dot_product" in str(node.target) for node in nodes(program))
+    def queries(one):
+        calls = [node for node in nodes(one) if "scaled_dot_product" in str(node.target)]
+        return {node.args[0].meta["val"].shape[-2] for node in calls}
+
+    assert queries(dense) == {120}
+    assert queries(program) == {64, 1}  # a block, and the first token, which reads everything
     values = [node.meta.get("val") for node in nodes(program)]
     shapes = {tuple(x.shape[-2:]) for x in values if isinstance(x, torch.Tensor) and x.ndim > 3}
     assert (120, 120) not in shapes
@@ -135,3 +140,22 @@ def test_int8_feed_forwards_are_taken_out_first():
     with pytest.raises(ValueError, match="torch.export cannot trace int8 feed-forwards"):
         torch.export.export(Encoder(model), (draw("int8"),))
     compare(Encoder(dequantise(model)), "dequantised")
+
+
+def test_one_program_for_every_batch_and_length():
+    program_of = Encoder(planned("bert", attention=NEAR))
+    batch, length = torch.export.Dim("batch", max=9), torch.export.Dim("length", min=4, max=128)
+    open_to = {"dynamic_shapes": ({0: batch, 1: length},), "prefer_deferred_runtime_asserts_over_guards": True}
+    with torch.no_grad():
+        program = torch.export.export(program_of, (draw("open"),), **open_to).module()
+        for b, n in ((1, 5), (2, 64), (3, 117)):
+            tokens = torch.randint(3, 90, (b, n), generator=generator(b, n))
+            assert_near(program(tokens), program_of(tokens), f"{b} x {n}", 1e-5)
+    attention_report(program_of.model)  # nothing symbolic is left in its notes
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_the_old_tracer_is_refused():
+    """It would keep what the first inputs decided, without a word."""
+    with pytest.raises(ValueError, match="torch.jit.trace would keep what these inputs decide"):
+        torch.jit.trace(Encoder(planned("bert", attention=NEAR)), (draw("traced"),))

@@ -30,7 +30,7 @@ CHUNK = (192, 768)  # queries that share packed keys: a quarter of all, between 
 LISTED = (512, 16384)  # blocks in a list, and keys in them, at most
 PACKED = 8  # keys to a query, at most, where each chunk packs every key
 PIECES, LEAST = 16, 512  # then: chunks in all, and queries of one, so that packing stays a small part
-FEWEST, LONG = 64, 8192  # queries of a chunk that reads every key; keys from which on fewer rows go together
+FEWEST = 64  # queries of a chunk that reads every key
 DTYPES = (torch.float32, torch.bfloat16)
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,6 @@ class _Part:
     first: int = 0
     lists: Tensor | None = None
     banded: bool = True
-    rows: int = ROWS
 
     @property
     def chunks(self) -> int:
@@ -162,9 +161,9 @@ def _parts(call: Call, backward: bool) -> Iterator[_Part]:
     lay, opened = call.layout, call.opened
     pieces = 1 if backward else max(PIECES // (call.b * call.g), 1)  # no two chunks add to the same gradients
     if opened:
-        chunk, rows = max(-(-opened // pieces), min(FEWEST, opened)), ROWS if call.j <= LONG else ROWS // 2
+        chunk = max(-(-opened // pieces), min(FEWEST, opened))
         yield _Part(
-            backward=backward, low=0, high=opened, chunk=chunk, rows=rows, before=call.offset + opened - 1,
+            backward=backward, low=0, high=opened, chunk=chunk, before=call.offset + opened - 1,
             after=call.j - 1 - call.offset,
         )  # fmt: skip
     if (queries := call.i - opened) <= 0:
@@ -197,7 +196,7 @@ def _run(
         table = (lists[0].numel() if len(lists) > 1 else 0, lists.shape[-1], call.layout.block)
     sizes = (
         call.b, call.h, call.g, part.high - part.low, call.j, call.d, tensors["v"].shape[-1], part.before, part.after,
-        part.first, call.offset + part.low, part.chunk, part.rows, *table,
+        part.first, call.offset + part.low, part.chunk, ROWS, *table,
     )  # fmt: skip
     given = _Call(
         scale=call.score.factor(call.d),

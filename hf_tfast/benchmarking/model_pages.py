@@ -1,4 +1,8 @@
-"""Tables and the plot of the suite `models`."""
+"""Tables and the plot of the suite `models`.
+
+A model with a fast attention is held against the sum of its parts, the same model without attention and the attention
+of its layers alone.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +12,8 @@ from .plot import COLOURS
 from .table import PASSES
 
 # What each is held against first, in this order, where it has figures.
-RIVALS = ("SDPA", "OpenVINO", "OpenVINO int8")
-FLOOR = "no attention"
+RIVALS = ("SDPA", "OpenVINO", "OpenVINO int8", "ONNX Runtime")
+FLOOR, FAST, ALONE = "no attention", "Window", "attention of Window alone"
 
 
 def families(records: Sequence[Record]) -> list[str]:
@@ -38,19 +42,30 @@ def _table(records: Sequence[Record], family: str, dtype: str, passes: str) -> s
     mine = [r for r in mine if (r["dtype"], r["passes"]) == (dtype, passes)]
     rivals = [name for name in RIVALS if any(r["series"] == f"{family}, {name}" and "skipped" not in r for r in mine)]
     head = ["L", "model", "ms", "quartiles", "n", "peak MiB", *(f"against {name}" for name in rivals)]
+    parted = any(r["series"] == f"{family}, {ALONE}" for r in mine)
+    head += ["of its parts"] * parted
     rows = []
     for r in sorted(mine, key=lambda r: r["length"]):
         name = r["series"].removeprefix(f"{family}, ")
         if "skipped" in r:
-            rows.append([str(r["length"]), name, "-", r["skipped"], "", "", *("" for _ in rivals)])
+            rows.append([str(r["length"]), name, "-", r["skipped"], "", "", *("" for _ in head[6:])])
             continue
         faster = []
         for rival in rivals:
-            base = find(mine, series=f"{family}, {rival}", length=r["length"]) or {}
+            base = {} if name == ALONE else find(mine, series=f"{family}, {rival}", length=r["length"]) or {}
             faster.append(times(base["seconds"] / r["seconds"]) if "seconds" in base else "-")
+        if parted:
+            faster.append(_of_parts(mine, family, r) if name == FAST else "")
         count = str(len(r["samples"]) * r["repeats"])
         rows.append([str(r["length"]), name, ms(r["seconds"]), spread(r), count, mib(r), *faster])
     return table(head, rows, 2)
+
+
+def _of_parts(records: Sequence[Record], family: str, r: Record) -> str:
+    """How long a model takes, in terms of the sum of its parts."""
+    parts = [find(records, series=f"{family}, {part}", length=r["length"]) or {} for part in (FLOOR, ALONE)]
+    known = all("seconds" in part for part in parts)
+    return times(r["seconds"] / sum(part["seconds"] for part in parts)) if known else "-"
 
 
 def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
@@ -74,8 +89,8 @@ def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
         for name in dict.fromkeys(r["series"] for r in mine):
             points = sorted((r["length"], r["seconds"]) for r in mine if r["series"] == name)
             short = name.removeprefix(f"{family}, ")
-            dashed = short.startswith("OpenVINO") or short == FLOOR
-            colour = "black" if short == "SDPA" else "0.55" if short == FLOOR else COLOURS[others]
+            dashed = short.startswith(("OpenVINO", "ONNX")) or short in (FLOOR, ALONE)
+            colour = {"SDPA": "black", FLOOR: "0.55", ALONE: "0.75"}.get(short, COLOURS[others])
             others += colour == COLOURS[others]
             axes.plot(*zip(*points, strict=True), "o--" if dashed else "o-", color=colour, markersize=4, label=short)
         lengths = sorted({r["length"] for r in mine})

@@ -1,7 +1,9 @@
 """The suite `models`: whole models as users run them, dense, with a plan, and what they would take instead.
 
-Llama-like, causal        SDPA; Window(window=256); attention left out, the floor of what attention can save
-MiniLM, BERT base         SDPA; Window(window=128); the same with Int8 feed-forwards; OpenVINO, dense, and in int8
+Llama-like, causal        SDPA; Window(window=256); attention left out, the floor of what attention can save; the
+                          window's attention alone, of all layers: with the floor, what the model should take
+MiniLM, BERT base         SDPA; Window(window=128); the same with Int8 feed-forwards; OpenVINO,
+                          dense, and in int8; ONNX Runtime, dense; attention left out, and alone
 """
 
 from collections.abc import Sequence
@@ -9,9 +11,10 @@ from functools import partial
 
 from ..attention.window import Window
 from ..feed_forward.int8 import Int8
+from .attention_alone import alone
 from .campaign import Record, Report, Suite
-from .model_pages import draw, markdown
-from .whole_models import ENCODERS, NOTHING, encoder, llama, openvino
+from .model_pages import ALONE, FLOOR, draw, markdown
+from .whole_models import ENCODERS, NOTHING, encoder, llama, onnxruntime, openvino
 from .workload import Case, Competitor
 
 CAUSAL, ENCODING = Window(window=256), Window(window=128, sinks=1)
@@ -22,7 +25,8 @@ def competitors(case: Case, records: Sequence[Record]) -> list[Competitor]:
         return [
             _one("Llama-like, SDPA", partial(llama)),
             _one("Llama-like, Window", partial(llama, fast=CAUSAL), CAUSAL),
-            _one("Llama-like, no attention", partial(llama, attention=NOTHING)),
+            _one(f"Llama-like, {FLOOR}", partial(llama, attention=NOTHING)),
+            _one(f"Llama-like, {ALONE}", partial(alone, fast=CAUSAL)),
         ]
     found = []
     for shape in ENCODERS:
@@ -33,6 +37,9 @@ def competitors(case: Case, records: Sequence[Record]) -> list[Competitor]:
             _one(f"{shape}, Window and Int8", partial(fast, form=Int8()), ENCODING),
             _one(f"{shape}, OpenVINO", partial(openvino, shape=shape)),
             _one(f"{shape}, OpenVINO int8", partial(openvino, shape=shape, int8=True)),
+            _one(f"{shape}, ONNX Runtime", partial(onnxruntime, shape=shape)),
+            _one(f"{shape}, {FLOOR}", partial(encoder, shape=shape, attention=NOTHING)),
+            _one(f"{shape}, {ALONE}", partial(alone, fast=ENCODING, shape=shape)),
         ]
     return found
 

@@ -9,8 +9,11 @@ MiniLM       the shape of all-MiniLM-L6-v2: 6 layers, 384 wide, 12 heads. BERT b
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,11 +35,17 @@ from ..integration.apply import apply_plan
 from ..integration.plan import FastPlan
 from .workload import DTYPES, CannotRun, Case, Inputs
 
-__all__ = ["encoder", "llama", "openvino"]
+__all__ = ["encoder", "llama", "onnxruntime", "openvino"]
 
 Built = tuple[Callable[[], Tensor], tuple[Tensor, ...]]
 NOTHING = "tfast_bench_nothing"
 VOCABULARY = 8192
+LLAMA: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 LONGEST = 8192  # tokens of an encoder's document: dense ones take minutes beyond
 ENCODERS: dict[str, dict[str, Any]] = {
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -64,31 +73,33 @@ def llama(case: Case, inputs: Inputs, *, fast: Mechanism | None = None, attentio
 @cache
 def _llama(dtype: str, device: str, positions: int, attention: str, fast: Mechanism | None) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=positions,
-    )  # fmt: skip
+    config = LlamaConfig(vocab_size=VOCABULARY, intermediate_size=1536, max_position_embeddings=positions, **LLAMA)
     model = LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=DTYPES[dtype]).to(device)
     return model if fast is None else apply_plan(model, FastPlan(attention=fast))
 
 
 def encoder(
-    case: Case, inputs: Inputs, *, shape: str, fast: Mechanism | None = None, form: Form | None = None
-) -> Built:
-    """One document through an encoder. CannotRun for training passes and for documents longer than LONGEST."""
+    case: Case, inputs: Inputs, *, shape: str, fast: Mechanism | None = None, form: Form | None = None,
+    attention: str = "sdpa",
+) -> Built:  # fmt: skip
+    """One document through an encoder; `attention` as in `llama`. CannotRun for training passes and for documents
+    longer than LONGEST."""
     _encoders(case)
-    model = _encoder(shape, case.dtype, case.device, case.length, fast, form)
+    if attention == NOTHING:
+        _register_nothing()
+    model = _encoder(shape, case.dtype, case.device, case.length, fast, form, attention)
     ids = _ids(case, model.config.vocab_size)
     return (lambda: model(input_ids=ids).last_hidden_state), ()
 
 
 @cache
 def _encoder(
-    shape: str, dtype: str, device: str, positions: int, fast: Mechanism | None = None, form: Form | None = None
-) -> Any:
+    shape: str, dtype: str, device: str, positions: int, fast: Mechanism | None = None, form: Form | None = None,
+    attention: str = "sdpa",
+) -> Any:  # fmt: skip
     torch.manual_seed(0)
     config = BertConfig(max_position_embeddings=positions, **ENCODERS[shape])
-    model = BertModel._from_config(config, attn_implementation="sdpa", dtype=DTYPES[dtype]).to(device).eval()
+    model = BertModel._from_config(config, attn_implementation=attention, dtype=DTYPES[dtype]).to(device).eval()
     if isinstance(form, Int8) and find_spec("bitsandbytes") is None:
         raise CannotRun("bitsandbytes is not installed")
     return model if fast is None else apply_plan(model, FastPlan(attention=fast, feed_forward=form))
@@ -98,9 +109,7 @@ def openvino(case: Case, inputs: Inputs, *, shape: str, int8: bool = False) -> B
     """The dense encoder compiled by OpenVINO for this processor: in the precision of the case, or quantised to int8 by
     NNCF's post-training quantisation for transformers. CannotRun where OpenVINO (or NNCF) is not installed."""
     _encoders(case)
-    for name in ("openvino", "nncf") if int8 else ("openvino",):
-        if find_spec(name) is None:
-            raise CannotRun(f"{name} is not installed")
+    _installed("openvino", *(("nncf",) if int8 else ()))
     if case.device != "cpu" or case.dtype not in ("fp32", "bf16"):
         raise CannotRun(f"not measured on {case.device} in {case.dtype}")
     request = _openvino(shape, case.dtype, case.length, int8)
@@ -125,6 +134,38 @@ def _openvino(shape: str, dtype: str, length: int, int8: bool) -> Any:
     hint = {"fp32": "f32", "bf16": "bf16"}[dtype]
     threads = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     return openvino.compile_model(model, "CPU", {**threads, "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+
+
+def onnxruntime(case: Case, inputs: Inputs, *, shape: str) -> Built:
+    """The dense encoder in ONNX Runtime on its CPU provider, which computes in fp32, as torch.onnx.export writes it.
+    CannotRun where onnx, onnxscript or onnxruntime is not installed, and in other precisions."""
+    _encoders(case)
+    _installed("onnx", "onnxscript", "onnxruntime")
+    if case.device != "cpu" or case.dtype != "fp32":
+        raise CannotRun(f"not measured on {case.device} in {case.dtype}: its CPU provider computes in fp32")
+    session = _onnxruntime(shape, case.length)
+    ids = {session.get_inputs()[0].name: _ids(case, BertConfig().vocab_size).numpy()}
+    return (lambda: session.run(None, ids)[0]), ()
+
+
+@cache
+def _onnxruntime(shape: str, length: int) -> Any:
+    runtime: Any = import_module("onnxruntime")
+    dense, example = _States(_encoder(shape, "fp32", "cpu", length)), torch.zeros(1, length, dtype=torch.int64)
+    with torch.no_grad(), redirect_stdout(StringIO()):
+        program: Any = torch.onnx.export(dense, (example,), dynamo=True, verbose=False)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "dense.onnx"
+        program.save(path)
+        return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _installed(*names: str) -> None:
+    for name in names:
+        if find_spec(name) is None:
+            raise CannotRun(f"{name} is not installed")
 
 
 class _States(nn.Module):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from hf_tfast import Window
+from hf_tfast.attention import Mask, attend
 from hf_tfast.benchmarking import models, whole_models
+from hf_tfast.benchmarking.attention_alone import alone
 from hf_tfast.benchmarking.campaign import Run, conduct
 from hf_tfast.benchmarking.model_pages import markdown
-from hf_tfast.benchmarking.whole_models import NOTHING, encoder, llama, openvino
+from hf_tfast.benchmarking.whole_models import NOTHING, encoder, llama, onnxruntime, openvino
 from hf_tfast.benchmarking.workload import CannotRun, Case, make_inputs, workload
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -20,10 +22,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(whole_models, "VOCABULARY", 50)
     monkeypatch.setitem(whole_models.ENCODERS, "MiniLM", TINY)
     monkeypatch.setattr(models, "ENCODERS", {"MiniLM": TINY})
-    for each in (whole_models._llama, whole_models._encoder, whole_models._openvino):
+    for each in (whole_models._llama, whole_models._encoder, whole_models._openvino, whole_models._onnxruntime):
         each.cache_clear()
     yield
-    for each in (whole_models._llama, whole_models._encoder, whole_models._openvino):
+    for each in (whole_models._llama, whole_models._encoder, whole_models._openvino, whole_models._onnxruntime):
         each.cache_clear()
 
 
@@ -63,6 +65,26 @@ def test_a_training_step_reaches_every_weight():
         assert all(g.isfinite().all() for g in gradients)
 
 
+def test_attention_alone_is_that_of_every_layer():
+    given, fast = case(passes="both"), Window(window=8)
+    forward, leaves = alone(given, make_inputs(given), fast=fast)
+    assert [x.shape[-1] for x in leaves] == [512, 256, 256]
+    q, k, v = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in leaves)
+    first = attend(q, k, v, fast, Mask(causal=True))[0, 0, 0, 0]
+    assert torch.allclose(forward(), 4 * first)
+    for one, other in zip(torch.autograd.grad(forward(), leaves), torch.autograd.grad(first, leaves), strict=True):
+        assert torch.allclose(one, 4 * other, atol=1e-6)
+    with pytest.raises(CannotRun, match="forward"):
+        alone(case(passes="both", causal=False), None, fast=fast, shape="MiniLM")
+
+
+def test_an_encoder_without_attention():
+    given = case(causal=False)
+    assert not torch.allclose(
+        run(encoder, given, shape="MiniLM"), run(encoder, given, shape="MiniLM", attention=NOTHING)
+    )
+
+
 def test_encoders_with_a_plan_and_int8():
     from hf_tfast import Int8
 
@@ -82,9 +104,20 @@ def test_openvino_runs_the_same_model():
     assert torch.allclose(dense, torch.from_numpy(next(iter(other.values()))), atol=1e-3)
 
 
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+@pytest.mark.filterwarnings("ignore")  # those of the exporter
+def test_onnxruntime_runs_the_same_model():
+    pytest.importorskip("onnxscript")
+    given = case(causal=False)
+    dense = run(encoder, given, shape="MiniLM")
+    assert torch.allclose(dense, torch.from_numpy(run(onnxruntime, given, shape="MiniLM")), atol=1e-4)
+    with pytest.raises(CannotRun, match="computes in fp32"):
+        run(onnxruntime, case(causal=False, dtype="bf16"), shape="MiniLM")
+
+
 def test_what_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(whole_models, "find_spec", lambda name: None)
-    for build, options in ((openvino, {}), (openvino, {"int8": True})):
+    for build, options in ((openvino, {}), (openvino, {"int8": True}), (onnxruntime, {})):
         with pytest.raises(CannotRun, match="not installed"):
             build(case(causal=False), None, shape="MiniLM", **options)
     with pytest.raises(CannotRun, match="forward"):
@@ -98,7 +131,8 @@ def test_the_suite_and_its_page(tmp_path, monkeypatch):
     )
     timings = [r for r in records if r["kind"] == "timing"]
     assert {r["series"] for r in timings if "skipped" not in r} == {
-        "Llama-like, SDPA", "Llama-like, Window", "Llama-like, no attention", "MiniLM, SDPA", "MiniLM, Window",
+        *(f"{model}, {who}" for model in ("Llama-like", "MiniLM")
+          for who in ("SDPA", "Window", "no attention", "attention of Window alone")),
     }  # fmt: skip
     page = markdown(records)
     assert page == (folder / "table.md").read_text()
@@ -107,5 +141,9 @@ def test_the_suite_and_its_page(tmp_path, monkeypatch):
     one, base = (next(r["seconds"] for r in timings if r["series"] == f"Llama-like, {who}" and r["length"] == 32
                       and r["passes"] == "forward") for who in ("Window", "SDPA"))  # fmt: skip
     assert f"{base / one:.2f}x" in row
+    short = [r for r in timings if r["length"] == 32 and r["passes"] == "forward"]
+    parts = sum(r["seconds"] for r in short for who in ("no attention", "attention of Window alone")
+                if r["series"] == f"Llama-like, {who}")  # fmt: skip
+    assert row.split("|")[-2].strip() == f"{one / parts:.2f}x"
     assert "openvino is not installed" in page
     assert (folder / "models.png").stat().st_size > 5000

@@ -32,17 +32,49 @@ INLINE void plain(const char *row, long d, int bf16, int pairs, Word *to) {
     for (long t = 0; t < d; t++) to[t] = (Word)((const uint16_t *)row)[t] << 16;
 }
 
+#if defined(__AVX512F__)
+/* Words [t, t + LANES) of LANES rows, null for zeros, as columns: to[k LANES + r] = row r's word t + k. */
+INLINE void flipped(const char *const *rows, long t, Word *to) {
+    __m512i x[LANES], at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++)
+        x[r] = rows[r] ? _mm512_loadu_si512(rows[r] + 4 * t) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int s = 1; s < LANES; s *= 2) { /* of rows s apart, blocks of s words change places */
+        __m512i from = _mm512_set1_epi32(s), upper = _mm512_and_epi32(at, from), far = _mm512_set1_epi32(LANES);
+        __mmask16 high = _mm512_cmpneq_epi32_mask(upper, _mm512_setzero_si512());
+        __m512i low = _mm512_mask_add_epi32(at, high, _mm512_sub_epi32(at, from), far);
+        __m512i top = _mm512_mask_add_epi32(_mm512_add_epi32(at, from), high, at, far);
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; r++) {
+            if (r & s) continue;
+            __m512i a = x[r], b = x[r + s];
+            x[r] = _mm512_permutex2var_epi32(a, low, b);
+            x[r + s] = _mm512_permutex2var_epi32(a, top, b);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++) _mm512_storeu_si512(to + r * LANES, x[r]);
+}
+#endif
+
+/* LANES rows, null for zeros, as columns: [words, LANES]. */
+INLINE void panel(const char *const *rows, long d, int bf16, int pairs, Word *to) {
+    long terms = words(d, pairs), t = 0;
+#if defined(__AVX512F__)
+    if (pairs || !bf16)
+        for (long whole = pairs ? d / 2 : d; t + LANES <= whole; t += LANES) flipped(rows, t, to + t * LANES);
+#endif
+    for (; t < terms; t++)
+        for (int r = 0; r < LANES; r++) to[t * LANES + r] = rows[r] ? word(rows[r], t, d, bf16, pairs) : 0;
+}
+
 /* Rows as columns: [row / LANES, words, LANES]; zeros up to a whole panel. */
 INLINE void turned(const Rows *x, long b, long h, long from, long n, long d, int bf16, int pairs, Word *to) {
-    long terms = words(d, pairs);
-    for (long r = 0; r < up(n, LANES); r++) {
-        Word *panel = to + r / LANES * terms * LANES + r % LANES;
-        if (r >= n) {
-            for (long t = 0; t < terms; t++) panel[t * LANES] = 0;
-            continue;
-        }
-        const char *row = row_at(x, b, h, from + r, bf16);
-        for (long t = 0; t < terms; t++) panel[t * LANES] = word(row, t, d, bf16, pairs);
+    const char *rows[LANES];
+    for (long r = 0; r < n; r += LANES, to += words(d, pairs) * LANES) {
+        for (int k = 0; k < LANES; k++) rows[k] = r + k < n ? row_at(x, b, h, from + r + k, bf16) : 0;
+        panel(rows, d, bf16, pairs, to);
     }
 }
 

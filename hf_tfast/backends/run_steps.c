@@ -35,15 +35,8 @@ typedef struct {
 
 /* ---- rows from anywhere, packed ---- */
 
-INLINE void turned_rows(const char *const *rows, long n, long end, long d, int bf16, int pairs, Word *to) {
-    long terms = words(d, pairs);
-    for (long r = 0; r < end; r++) {
-        Word *panel = to + r / LANES * terms * LANES + r % LANES;
-        if (r < n)
-            for (long t = 0; t < terms; t++) panel[t * LANES] = word(rows[r], t, d, bf16, pairs);
-        else
-            for (long t = 0; t < terms; t++) panel[t * LANES] = 0;
-    }
+INLINE void turned_rows(const char *const *rows, long end, long d, int bf16, int pairs, Word *to) {
+    for (long r = 0; r < end; r += LANES, to += words(d, pairs) * LANES) panel(rows + r, d, bf16, pairs, to);
 }
 
 INLINE void across_rows(const char *const *rows, long n, long end, long d, long wide, int bf16, int pairs, Word *to) {
@@ -107,8 +100,10 @@ INLINE void rows_of(const Call *c, Tile *x, const Rows *from, int bf16) {
         x->many[t] = row_at(from, x->b, x->g * c->share + x->row[t] / c->i, x->row[t] % c->i, bf16);
 }
 
-INLINE void keys_of(const Call *c, Tile *x, const Rows *from, int bf16) {
+/* Null behind the last one, up to a whole vector. */
+INLINE void keys_of(Tile *x, const Rows *from, int bf16) {
     for (long t = 0; t < x->n; t++) x->keys[t] = row_at(from, x->b, x->g, x->key[t], bf16);
+    for (long t = x->n; t < up(x->n, LANES); t++) x->keys[t] = 0;
 }
 
 /* Which columns of vector t a row reads: in its range, and not read in an earlier round. */
@@ -133,8 +128,8 @@ INLINE void scored(const Call *c, Tile *x, int pairs) {
     }
     rows_of(c, x, &c->q, c->bf16);
     for (long t = 0; t < x->m; t++) plain(x->many[t], c->d, c->bf16, pairs, x->q + t * terms);
-    keys_of(c, x, &c->k, c->bf16);
-    turned_rows(x->keys, x->n, end, c->d, c->bf16, pairs, x->k_turned);
+    keys_of(x, &c->k, c->bf16);
+    turned_rows(x->keys, end, c->d, c->bf16, pairs, x->k_turned);
     Product p = {x->q, terms, 1, x->k_turned, LANES, terms * LANES, terms, x->s, x->ld, 0};
     product(p, x->m, end / LANES, pairs);
 }
@@ -184,7 +179,7 @@ INLINE void forward_tile(const Call *c, Tile *x, int pairs) {
         for (long t = 0; t < x->m; t++) halved(x->s + t * x->ld, end, x->p + t * x->ld / 2);
         p = x->p;
     }
-    keys_of(c, x, &c->v, c->bf16);
+    keys_of(x, &c->v, c->bf16);
     across_rows(x->keys, x->n, end, c->e, x->wider, c->bf16, pairs, x->v_across);
     mixed(x, p, x->v_across, x->wider, pairs);
     rows_of(c, x, &c->o, 0);
@@ -208,7 +203,7 @@ INLINE void differences(const Call *c, Tile *x, long row) {
 }
 
 INLINE void added(const Call *c, Tile *x, const Rows *to, const float *from, long d, long wide) {
-    keys_of(c, x, to, 0);
+    keys_of(x, to, 0);
     for (long t = 0; t < x->n; t++) {
         float *row = (float *)x->keys[t];
         for (long w = 0; w < d; w++) row[w] += from[t * wide + w];
@@ -223,8 +218,8 @@ INLINE void backward_tile(const Call *c, Tile *x, int pairs) {
     rows_of(c, x, &c->grad, c->bf16);
     for (long t = 0; t < x->m; t++) plain(x->many[t], c->e, c->bf16, pairs, x->grad + t * terms);
     across_rows(x->many, x->m, pairs ? even : x->m, c->e, x->wider, c->bf16, pairs, x->grad_across);
-    keys_of(c, x, &c->v, c->bf16);
-    turned_rows(x->keys, x->n, end, c->e, c->bf16, pairs, x->v_turned);
+    keys_of(x, &c->v, c->bf16);
+    turned_rows(x->keys, end, c->e, c->bf16, pairs, x->v_turned);
     Product product_of_gradients = {x->grad, terms, 1, x->v_turned, LANES, terms * LANES, terms, x->dp, x->ld, 0};
     product(product_of_gradients, x->m, end / LANES, pairs);
     for (long t = 0; t < x->m; t++) differences(c, x, t);

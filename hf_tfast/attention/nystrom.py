@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..backends.few import few_keys, few_queries, segment_means
+from ..backends.few import few_keys, few_queries, with_means
 from ..backends.score import Score, softmax_attention
 from ._base import Mask, Mechanism, whole
 from ._rows import over_full_rows
@@ -68,7 +68,7 @@ class Nystrom(Mechanism):
         if q.shape[2] <= self.landmarks:
             return softmax_attention(q, k, v, None, score)
         scale, cap = score.factor(q.shape[-1]), score.softcap
-        few_q, few_k = segment_means(q, self.landmarks), segment_means(k, self.landmarks)
+        (q, few_q), (k, few_k) = with_means(q, self.landmarks), with_means(k, self.landmarks)
         landmark_values = few_queries(few_q, k, v, scale, softcap=cap, sinks=score.sinks)
         b, g = k.shape[:2]
         with torch.autocast(q.device.type, enabled=False):

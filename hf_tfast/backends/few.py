@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import few_native, traced
+from .native import as_rows
 
-__all__ = ["few_keys", "few_queries", "few_queries_part", "segment_means"]
+__all__ = ["few_keys", "few_queries", "few_queries_part", "segment_means", "with_means"]
 
 ELEMENTS = 2**19  # scores computed at a time on a CPU: they stay in the cache between two passes
 MORE = 2**25  # on other devices, which want few, large operations
@@ -20,7 +21,7 @@ MORE = 2**25  # on other devices, which want few, large operations
 def segment_means(x: Tensor, segments: int) -> Tensor:
     """[b h n d] -> [b h segments d] in at least fp32: means of n // segments tokens, of one more in the first ones."""
     if few_native.serves((x,), (), None):
-        return _Means.apply(x, segments)
+        return with_means(x, segments)[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     size, longer = divmod(x.shape[2], segments)
     border = longer * (size + 1)
@@ -28,6 +29,14 @@ def segment_means(x: Tensor, segments: int) -> Tensor:
     if not longer:
         return last
     return torch.cat([x[:, :, :border].unflatten(2, (longer, size + 1)).mean(3, dtype=wide), last], 2)
+
+
+def with_means(x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """x as it is, for `few_keys` or `few_queries` and nobody else, and its `segment_means`: the gradient of x, which
+    those two make anew, is added to in place."""
+    if few_native.serves((x,), (), None):
+        return _Means.apply(x, segments)
+    return x, segment_means(x, segments)
 
 
 def few_keys(
@@ -98,16 +107,18 @@ def _scores(q: Tensor, k: Tensor, softcap: float | None, bias: Tensor | None = N
 
 
 class _Means(torch.autograd.Function):
+    """x [b h n d] -> x, means. The gradient of x comes from a function that made it for this one alone."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, segments: int) -> Tensor:
-        ctx.save_for_backward(x)
-        return few_native.means(x, segments)
+    def forward(ctx: FunctionCtx, x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), few_native.means(x, segments)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return few_native.means_backward(x, grad), None
+    def backward(ctx: FunctionCtx, dx: Tensor, grad: Tensor) -> tuple[Tensor, None]:
+        (dx,) = as_rows(dx)
+        few_native.means_backward(dx, grad)
+        return dx, None
 
 
 class _FewKeys(torch.autograd.Function):

@@ -279,16 +279,22 @@ int tfast_few_means(const Call *c) {
     return 0;
 }
 
-/* Its gradient: few [units n d], spread over the rows of dx. */
+/* Its gradient: few [units n d], spread over the rows of dx, to which it is added. */
 int tfast_few_means_backward(const Call *c) {
     long batch = c->units / c->heads, size = c->rows / c->n, longer = c->rows % c->n;
 #pragma omp parallel for num_threads(c->threads)
     for (long at = 0; at < batch * c->n; at++) {
         long b = at / c->n, s = at % c->n, rows = size + (s < longer), first = s * size + (s < longer ? s : longer);
         for (long r = 0; r < rows; r++)
-            for (long h = 0; h < c->heads; h++)
-                put(&c->dx, b, h, first + r, c->few + ((b * c->heads + h) * c->n + s) * c->d, 1.0f / rows, c->d,
-                    c->bf16);
+            for (long h = 0; h < c->heads; h++) {
+                char *to = (char *)row_at(&c->dx, b, h, first + r, c->bf16);
+                const float *each = c->few + ((b * c->heads + h) * c->n + s) * c->d;
+                if (c->bf16)
+                    for (long t = 0; t < c->d; t++)
+                        ((uint16_t *)to)[t] = narrowed(widened(((uint16_t *)to)[t]) + each[t] / rows);
+                else
+                    for (long t = 0; t < c->d; t++) ((float *)to)[t] += each[t] / rows;
+            }
     }
     return 0;
 }

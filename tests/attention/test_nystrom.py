@@ -7,7 +7,8 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 
 from hf_tfast.attention import Mask, Score, attend
 from hf_tfast.attention.dense import Dense
-from hf_tfast.attention.nystrom import Nystrom, pseudo_inverse, segment_means, value_convolution
+from hf_tfast.attention.nystrom import Nystrom, pseudo_inverse, value_convolution
+from hf_tfast.backends.few import segment_means
 from hf_tfast.testing import Shape, assert_near, generator, qkv
 
 

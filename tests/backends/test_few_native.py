@@ -72,6 +72,29 @@ def test_c_is_the_definition(ran, name, dtype):
     assert sorted(ran) == ["keys", "keys_backward", "queries", "queries_backward"]
 
 
+def with_means(q, few_k, few_v):
+    q, means = few.with_means(q, 9)
+    o = few.few_keys(q, few_k, few_v, 0.3)
+    up = [torch.randn(x.shape, generator=generator("means"), dtype=torch.float64).to(x.dtype) for x in (o, means)]
+    return o, means, up
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["odd", "many chunks"])
+def test_means_and_their_gradient(ran, name, dtype):
+    """The gradient of what is read twice is the sum of both, also where only the means are read."""
+    q, few_k, few_v = (tensors(name, dtype)[n] for n in (0, 4, 5))
+    wide = [x.detach().double().requires_grad_() for x in (q, few_k, few_v)]
+    (o, means, up), (plain, exact, wide_up) = with_means(q, few_k, few_v), with_means(*wide)
+    assert_near(means.detach().double(), exact.detach(), "means", 1e-6)
+    for both in (True, False):
+        pick = slice(0 if both else 1, 2)
+        (got,) = torch.autograd.grad((o, means)[pick], q, up[pick], retain_graph=True)
+        (want,) = torch.autograd.grad((plain, exact)[pick], wide[0], wide_up[pick], retain_graph=True)
+        assert_near(got.double(), want, f"gradient of both {both}", TOLERANCE[dtype] * (1 + want.abs().max().item()))
+    assert ran == ["means", "keys", "keys_backward", "means_backward", "means_backward"]
+
+
 def test_what_makes_no_difference(ran):
     """Threads and strides."""
     name, dtype = "many chunks", torch.float32

@@ -51,7 +51,7 @@ def markdown(proposal: "Proposal", about: dict[str, Any] | None = None) -> str:
         "",
         f"End error: {ERRORS[proposal.kind]}. Budget {proposal.max_error:g}; on text that the plan was not chosen by "
         f"{proposal.unseen:.3g}, {verdict} the budget.",
-        "" if proposal.single is not None else "No single mechanism in all layers is within the budget.",
+        "" if proposal.single is not None else "No single mechanism tried in all layers is within the budget.",
         "",
         "| choice | attention, ms | times as fast | end error |",
         "|---|---:|---:|---:|",

@@ -18,7 +18,7 @@ from ..feed_forward.int8 import Int8, int8_layer
 from ..planner import Proposal
 from .corpus import Corpus, load_corpus
 from .encoder import CHUNK, DTYPES, Encoder, lengthened, load_encoder, planned
-from .planning import AUTO, choose, draw_choice, words
+from .planning import AUTO, SECONDS, choose, draw_choice, words
 from .progress import steps
 from .report import (
     FIGURE,
@@ -189,13 +189,11 @@ def _contest(console: Console, corpus: Corpus, settings: dict[str, Any], window:
 
 def _proposal(console: Console, dense: Encoder, texts: list[Text], settings: dict[str, Any]) -> Proposal:
     budget = MAX_ERROR if settings["max_error"] is None else settings["max_error"]
-    done, label = 0, "choosing a plan on this machine, about two minutes"
-    with steps(console, label, 1) as bar:
+    began = time.perf_counter()
+    with steps(console, "choosing a plan on this machine", SECONDS) as bar:
 
         def report(note: str) -> None:
-            nonlocal done
-            done += 1
-            bar.to(done / (done + 1), note)
+            bar.to(min(time.perf_counter() - began, SECONDS), f"s, {note}")
 
         found = choose(dense, texts, settings["length"], budget, report)
     for line in words(found.to_dict()):

@@ -15,7 +15,7 @@ from ..planner.report import markdown, plot
 from .encoder import Encoder
 from .retrieval import Text
 
-__all__ = ["AUTO", "PARETO", "TABLE", "choose", "draw_choice", "rows_of", "words"]
+__all__ = ["AUTO", "PARETO", "SECONDS", "TABLE", "choose", "draw_choice", "rows_of", "words"]
 
 AUTO = "auto"
 PARETO, TABLE = "pareto.png", "plan.md"  # files of a run
@@ -66,12 +66,19 @@ def words(plan: dict[str, Any]) -> list[str]:
         f"ones; this plan: {plan['error']:.3g}, on a row that nothing was chosen by {plan['unseen']:.3g}), it was the "
         f"fastest whole model: {plan['speedup']:.2f}x as fast as dense attention.",
     ]
+    left = len(plan["left_out"])
+    tried = sum(point["kind"] == "single" for point in plan["points"])
     if plan["single"] is None:
-        said.append("No single mechanism in all layers stayed within that.")
+        of = f"None of the {tried} single mechanisms that there was time for" if left else "No single mechanism"
+        said.append(f"{of} in all layers stayed within that.")
     elif plan["single_seconds"] > plan["seconds"]:
         gain = plan["single_seconds"] / plan["seconds"]
         said.append(
             f"The best single mechanism in all layers, `{plan['single']}`, is slower: the plan is {gain:.2f}x it."
+        )
+    if left:
+        said.append(
+            f"{left} more were not tried in all layers at once, for want of time; `tfast plan` without --seconds does."
         )
     if not plan["kept"]:
         said.append("On the row that nothing was chosen by the error is above the budget.")

@@ -2,17 +2,21 @@
 
     estimate(sizes, mechanism, Run(length=2**20, batch=64, gpus=1024), HARDWARE["h100"])
 
-The formulas are those of docs/scale.md. A figure is a bound: compute, memory bandwidth and network are taken to be in
-use at once, and `efficiency` is the share of the peak that matrix products reach.
+The formulas are those of docs/scale.md. A time is a lower bound: products and what lies between them come one after
+the other, the network is taken to be in use beside them, and nothing ever waits. `efficiency` is the share of the peak
+that matrix products reach.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from ..attention import Mechanism
 from .estimate_hardware import Hardware
-from .estimate_model import Sizes, cache_bytes, pairs_per_token, sent_per_layer, workspace_per_token
+from .estimate_memory import BUCKET, WIDE, Part, activations
+from .estimate_model import Sizes, cache_bytes, halo, sent_per_layer
+from .estimate_time import moved_of_layer, moved_of_loss, moved_of_weights, operations
 
 __all__ = ["Estimate", "Run", "Shares", "estimate", "layouts"]
 
@@ -70,13 +74,19 @@ class Shares:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes on the fullest GPU and bytes that it sends in a step; seconds that each resource alone would need."""
+    """Bytes on the fullest GPU and bytes that it sends in a step; seconds that each resource alone would need.
+
+    copies     weights of other GPUs that are gathered, or buckets in which gradients are summed.
+    beside     are there gradients of earlier rows while activations are at their peak?
+    """
 
     shares: Shares
     weights: float
     gradients: float
     optimiser: float
+    copies: float
     activations: float
+    beside: bool
     cache: float
     compute_s: float
     bandwidth_s: float
@@ -86,11 +96,12 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        return self.weights + self.gradients + self.optimiser + self.activations
+        at_peak = self.gradients + self.activations if self.beside else max(self.gradients, self.activations)
+        return self.weights + self.optimiser + self.copies + at_peak
 
     @property
     def step_s(self) -> float:
-        return max(self.compute_s, self.bandwidth_s, self.network_s)
+        return max(self.compute_s + self.bandwidth_s, self.network_s)
 
     @property
     def bound(self) -> str:
@@ -139,26 +150,31 @@ def layouts(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware) ->
 
 
 def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, shares: Shares) -> Estimate:
-    held = sizes.parameters / (shares.tensor * shares.pipeline)
+    held = _held(sizes, shares)
     per_gpu = held / shares.shard
-    rows = run.batch // shares.data
-    tokens = run.length // shares.sequence  # of one row, on one GPU
-    activations = _activations(sizes, mechanism, run, shares, tokens)  # rows one by one, gradients accumulated
-    gathered = held / max(sizes.layers / shares.pipeline, 1) * WEIGHT if shares.shard > 1 else 0.0
-    compute = _flops(sizes, mechanism, run) / (run.gpus * hardware.flops * run.efficiency)
-    compute *= 1 + (shares.pipeline - 1) / rows  # the bubble
-    touched = per_gpu * (2 * WEIGHT + 2 * GRADIENT + 2 * OPTIMISER) + rows * 3 * (held * run.narrow + activations)
-    groups = list(_traffic(sizes, mechanism, run, shares, held))
+    part = Part(
+        rows=run.batch // shares.data, tokens=run.length / shares.sequence, tensor=shares.tensor,
+        stages=shares.pipeline, narrow=run.narrow, fused_norm=hardware.fused_norm, checkpointing=run.checkpointing,
+        halo=halo(mechanism) if shares.sequence > 1 else 0,
+    )  # fmt: skip
+    # of a shared sequence gradients are summed in buckets when activations have gone: one beside them, and its sum
+    buckets = 2 * min(per_gpu, BUCKET) * GRADIENT if shares.sequence > 1 else 0.0
+    groups = list(_traffic(sizes, mechanism, run, shares, hardware))
     links = [hardware.link(span) for span, _, _ in groups]
+    compute, bandwidth = _seconds(sizes, mechanism, run, part, hardware)
+    bandwidth += moved_of_weights(per_gpu, held, part.rows, run.narrow) / hardware.bandwidth
     e = Estimate(
         shares=shares,
-        weights=per_gpu * WEIGHT + gathered,
+        weights=per_gpu * WEIGHT,
         gradients=per_gpu * GRADIENT,
         optimiser=per_gpu * OPTIMISER,
-        activations=activations,
+        copies=_copies(sizes, shares, held),
+        activations=max(activations(sizes, mechanism, part), buckets),
+        # in a pipeline the first stage is the fullest, before its first backward pass
+        beside=part.rows > shares.pipeline,
         cache=cache_bytes(sizes, mechanism, run.length, run.narrow),
         compute_s=compute,
-        bandwidth_s=touched / hardware.bandwidth,
+        bandwidth_s=bandwidth,
         network_s=sum(b / fast + n * wait for (_, b, n), (fast, wait) in zip(groups, links, strict=True)),
         sent=sum(b for _, b, _ in groups),
         fits=False,
@@ -166,32 +182,48 @@ def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, share
     return replace(e, fits=e.memory <= USABLE * hardware.memory)
 
 
-def _activations(sizes: Sizes, mechanism: Mechanism, run: Run, shares: Shares, tokens: float) -> float:
-    """Bytes kept for the backward pass. Under 1F1B the first stage holds one micro-batch for every stage, of its own
-    share of the layers: as much as all layers of one micro-batch."""
-    wide = sizes.hidden * 4
-    cut = (4 * sizes.heads * sizes.width + 5 * sizes.groups * sizes.width + 4 * sizes.inner) * run.narrow
-    layer = 2 * wide + 2 * sizes.hidden * run.narrow + cut / shares.tensor
-    layer += workspace_per_token(sizes, mechanism) / shares.tensor
-    layers = sizes.layers
-    kept = layers * wide + layer if run.checkpointing else layers * layer
-    return tokens * (kept + sizes.vocabulary * (4 + 4 + run.narrow))  # every process has the logits whole
+def _held(sizes: Sizes, shares: Shares) -> float:
+    """Weights of the fullest stage, before they are sharded. Of a pipeline the first stage has the embeddings and the
+    last the output layer, tied ones twice."""
+    if shares.pipeline == 1:
+        return sizes.parameters / shares.tensor
+    return (ceil(sizes.layers / shares.pipeline) * sizes.layer + sizes.vocabulary * sizes.hidden) / shares.tensor
 
 
-def _flops(sizes: Sizes, mechanism: Mechanism, run: Run) -> float:
-    """Of a step: forward, twice that backward, and once more where activations are computed again."""
-    tokens = run.length * run.batch
-    matrices = 2.0 * sizes.multiplied * tokens
-    attention = 4.0 * sizes.layers * sizes.heads * sizes.width * pairs_per_token(mechanism, sizes, run.length) * tokens
-    return matrices * (4 if run.checkpointing else 3) + attention * (4.5 if run.checkpointing else 3.5)
+def _copies(sizes: Sizes, shares: Shares, held: float) -> float:
+    """FSDP2 has one layer gathered while the next one is fetched, and embeddings and output layer during the whole
+    step; DistributedDataParallel keeps gradients a second time, in the buckets that it sums."""
+    if shares.shard > 1:
+        ends = sizes.vocabulary * sizes.hidden * (1 if sizes.tied else 2)
+        return (ends + 2 * sizes.layer) / shares.tensor * WEIGHT
+    plain = shares.tensor == shares.sequence == shares.pipeline == 1
+    return held * GRADIENT if plain and shares.replicas > 1 else 0.0
+
+
+def _seconds(sizes: Sizes, mechanism: Mechanism, run: Run, part: Part, hardware: Hardware) -> tuple[float, float]:
+    """Of products, and of what lies between them, on the busiest stage, with the time that it waits for others."""
+    layer, output = operations(sizes, mechanism, run.length, run.checkpointing)
+    between = 0.0  # of one layer and token
+    for forward, backward in moved_of_layer(sizes, run.narrow, hardware.fused_norm).values():
+        for whole, cut in (forward, backward, *([forward] if run.checkpointing else [])):
+            between += whole + cut / part.tensor
+    first, last = ceil(sizes.layers / part.stages), sizes.layers // part.stages
+    per_token = []
+    for of_layer, end in ((layer / part.tensor, output / part.tensor), (between, moved_of_loss(sizes))):
+        whole = sizes.layers * of_layer + end
+        busiest = whole if part.stages == 1 else max(first * of_layer, last * of_layer + end)
+        # a row passes the other stages before the busiest one can begin, and after it is done
+        per_token.append(part.rows * busiest + whole - busiest)
+    products, moved = (part.tokens * x for x in per_token)
+    return products / (hardware.flops * run.efficiency), moved / hardware.bandwidth
 
 
 def _traffic(
-    sizes: Sizes, mechanism: Mechanism, run: Run, shares: Shares, held: float
+    sizes: Sizes, mechanism: Mechanism, run: Run, shares: Shares, hardware: Hardware
 ) -> Iterator[tuple[int, float, float]]:
     """(neighbours among whom a group lies, bytes that a member sends in a step, messages one after another) of every
     kind of sharing; groups inside a machine use its faster links."""
-    rows, tokens = run.batch // shares.data, run.length // shares.sequence
+    held, rows, tokens = _held(sizes, shares), run.batch // shares.data, run.length // shares.sequence
     layers = sizes.layers / shares.pipeline
     states = rows * tokens * sizes.hidden * run.narrow
     t, s, span = shares.tensor, shares.sequence, shares.tensor
@@ -203,16 +235,22 @@ def _traffic(
         yield span, sums * states * 2 * (t - 1) / t + logits, rows * (sums + 1)
     span *= s
     if s > 1:
-        halo, hops = sent_per_layer(sizes, mechanism, s, run.narrow)
+        exchanged, hops = sent_per_layer(sizes, mechanism, s, run.narrow)
         summed, rounds = _all_reduce(held * GRADIENT / shares.shard, s)
-        yield span, layers * rows * halo / t + summed, layers * hops * rows + rounds
+        yield span, layers * rows * exchanged / t + summed, layers * hops * rows + rounds
     span *= shares.pipeline
     if shares.pipeline > 1:  # states forward, gradients backward, of two stages one each; tied embeddings of the ends
         tied = sizes.vocabulary * sizes.hidden * GRADIENT if sizes.tied else 0
-        yield span, (1 if shares.pipeline == 2 else 2) * states + tied / t, 2 * rows
+        wide = states * WIDE / run.narrow  # the sums between layers are fp32
+        yield span, (1 if shares.pipeline == 2 else 2) * wide + tied / t, 2 * rows
     span *= shares.shard
-    if shares.shard > 1:  # gathered forward and backward, gradients scattered: in fp32, of which autocast makes bf16
-        yield span, rows * 3 * held * WEIGHT * (shares.shard - 1) / shares.shard, rows * 3 * layers
+    if shares.shard > 1:
+        # layers are gathered forward and backward, embeddings and output layer once; gradients are scattered; all in
+        # fp32, of which autocast makes bf16. gloo scatters by an all-reduce, which sends twice as much
+        ends = sizes.vocabulary * sizes.hidden * (1 if sizes.tied else 2) / t
+        scattered = held * (2 if hardware.reduces_whole else 1)
+        part = (shares.shard - 1) / shares.shard
+        yield span, rows * (2 * held - ends + scattered) * WEIGHT * part, rows * 3 * layers
     span *= shares.replicas
     if shares.replicas > 1:
         yield span, *_all_reduce(held * GRADIENT / shares.shard, shares.replicas)

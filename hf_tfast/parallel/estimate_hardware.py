@@ -23,6 +23,8 @@ class Hardware:
     per_machine: int = 8
     inside_latency: float = 5e-6
     between_latency: float = 2e-5
+    fused_norm: bool = True  # is torch's rms_norm one operation? On CPUs it is a chain of them
+    reduces_whole: bool = False  # is a reduce-scatter an all-reduce, as gloo's? nccl's is not
     source: str = ""
 
     def link(self, span: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from ..attention.nystrom import Nystrom
 from ..attention.performer import Performer
 from ..attention.window import Window
 
-__all__ = ["Sizes", "cache_bytes", "pairs_per_token", "sent_per_layer", "workspace_per_token"]
+__all__ = ["CHUNK", "KNOWN", "Sizes", "cache_bytes", "halo", "pairs_per_token", "sent_per_layer"]
 
 CHUNK = 128  # positions for which a causal Performer keeps one state while it trains
 KNOWN = "dense, window, performer, nystrom"
@@ -29,6 +29,8 @@ class Sizes:
     gated: bool = True
     tied: bool = True
     causal: bool = True
+    norm: str = "rms"  # torch's; "rms_chain": made of single operations, as in Transformers' Llama; or "layer"
+    rotary: bool = True
 
     @classmethod
     def of(cls, config: Any) -> "Sizes":
@@ -42,6 +44,8 @@ class Sizes:
             return found
 
         heads, hidden = told("num_attention_heads"), told("hidden_size")
+        root_mean_square = hasattr(config, "rms_norm_eps")
+        norm = {"layer_norm": "layer", "rms_norm": "rms"}.get(getattr(config, "norm_type", ""))
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
         return cls(
             layers=told("num_hidden_layers"),
@@ -51,10 +55,17 @@ class Sizes:
             width=getattr(config, "head_dim", None) or hidden // heads,
             inner=inner,
             vocabulary=told("vocab_size"),
-            gated=bool(getattr(config, "mlp_gated", hasattr(config, "rms_norm_eps"))),
+            gated=bool(getattr(config, "mlp_gated", root_mean_square)),
             tied=bool(getattr(config, "tie_word_embeddings", True)),
-            causal=bool(getattr(config, "causal", hasattr(config, "rms_norm_eps") or hasattr(config, "n_ctx"))),
+            causal=bool(getattr(config, "causal", root_mean_square or hasattr(config, "n_ctx"))),
+            norm=norm or ("rms_chain" if root_mean_square else "layer"),
+            rotary=getattr(config, "position_encoding", "rotary" if root_mean_square else "") == "rotary",
         )
+
+    @property
+    def readers(self) -> int:
+        """Matrices of a layer that read what a norm made."""
+        return 5 if self.gated else 4
 
     @property
     def layer(self) -> int:
@@ -87,11 +98,9 @@ def pairs_per_token(mechanism: Mechanism, sizes: Sizes, length: int) -> float:
     raise ValueError(f"there is no formula for {mechanism.name}; there are formulas for {KNOWN}")
 
 
-def workspace_per_token(sizes: Sizes, mechanism: Mechanism) -> float:
-    """Bytes that a mechanism itself keeps for its backward pass, per token and layer."""
-    if isinstance(mechanism, Performer) and sizes.causal:
-        return sizes.heads * mechanism.features * (sizes.width + 1) * 4 / CHUNK
-    return 4.0 * sizes.heads  # one sum of weights for every query
+def halo(mechanism: Mechanism) -> int:
+    """Keys of its neighbours that a rank has beside its own, where a sequence is shared."""
+    return mechanism.window - 1 + mechanism.sinks if isinstance(mechanism, Window) else 0
 
 
 def cache_bytes(sizes: Sizes, mechanism: Mechanism, length: int, bytes_each: int) -> float:

@@ -1,14 +1,14 @@
 """Estimates against what they estimate: counted parameters, bytes that simulated ranks sent, memory of a step here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from hf_tfast import Dense, Hashed, Nystrom, Performer, TFastConfig, TFastForCausalLM, Window
-from hf_tfast.benchmarking.memory import peak_memory
+from hf_tfast import Dense, Hashed, Nystrom, Performer, TFastConfig, Window
 from hf_tfast.cli._app import app
 from hf_tfast.parallel.estimate import Run, Shares, estimate
 from hf_tfast.parallel.estimate_hardware import HARDWARE
@@ -46,21 +46,6 @@ def test_bytes_sent_are_those_measured(mechanism, causal):
         assert sent_per_layer(sizes, mechanism, ranks, 4)[0] == pytest.approx(sent, rel=0.1), f"{ranks} ranks"
 
 
-def test_activations_here():
-    """fp32 on a CPU keeps what autocast keeps in half the width: within a third of the measured peak."""
-    config = TFastConfig(**SMALL, attention=Window(window=64), causal=True)
-    model, ids = TFastForCausalLM(config), torch.randint(512, (1, 2048))
-
-    def step():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-
-    step()
-    peak = peak_memory(step, torch.device("cpu")).bytes
-    run = Run(length=2048, batch=1, gpus=1)
-    (found,) = estimate(Sizes.of(config), Window(window=64), run, HARDWARE["h100"], Shares())
-    assert found.activations < peak < 2.5 * found.activations
-
-
 def test_a_million_tokens_on_a_thousand_gpus():
     run = Run(length=2**20, batch=64, gpus=1024, checkpointing=True)
     window, *_ = estimate(LARGE, Window(window=4096, sinks=4), run, HARDWARE["h100"])
@@ -76,13 +61,13 @@ def test_a_million_tokens_on_a_thousand_gpus():
 
 
 def test_what_sharing_does():
-    run = Run(length=2**17, batch=8, gpus=8)
+    run = Run(length=2**17, batch=8, gpus=8, narrow=4)
     alone, shard, sequence = (estimate(LARGE, Window(window=1024), run, HARDWARE["h100"], shares)[0] for shares in
                               (Shares(replicas=8), Shares(shard=8), Shares(sequence=8)))  # fmt: skip
     assert shard.optimiser == alone.optimiser / 8
-    assert sequence.activations == pytest.approx(alone.activations / 8)
+    assert sequence.activations == pytest.approx(alone.activations / 8, rel=0.1)  # beside it halos and one gradient
     assert not alone.fits
-    again = Run(length=2**17, batch=8, gpus=8, checkpointing=True)
+    again = replace(run, checkpointing=True)
     saved = estimate(LARGE, Window(window=1024), again, HARDWARE["h100"],
                      Shares(replicas=8))[0]  # fmt: skip
     assert saved.activations < alone.activations / 2
@@ -110,7 +95,11 @@ def test_what_is_sent():
 
     gradients = 2 * 4 * small.parameters * 3 / 4
     assert sent(replicas=4) == gradients
-    assert sent(shard=4) == 3 * 4 * small.parameters * 3 / 4 * 2  # two rows a GPU, one after the other
+    words = 1000 * 64  # tied embeddings are gathered once, layers twice; two rows a GPU, one after the other
+    assert sent(shard=4) == 4 * (3 * small.parameters - words) * 3 / 4 * 2
+    gloo = replace(HARDWARE["h100"], reduces_whole=True)
+    whole = estimate(small, Window(window=64), given[0], gloo, Shares(shard=4))[0].sent
+    assert whole - sent(shard=4) == 4 * small.parameters * 3 / 4 * 2
     states = 8 * 4096 * 64 * 4 * 2 * 3 / 4
     assert sent(tensor=4) == 23 * states + 8 * 4096 * 1000 * 4 * 3 / 4
     halo = 2 * 63 * 2 * 64 * 4  # keys and values forward, their gradients backward
@@ -129,3 +118,38 @@ def test_command():
     found = json.loads(done.stdout)
     assert found["mechanism"]["window"] == 128
     assert found["layouts"][0]["fits"]
+
+
+def test_what_every_layout_keeps_beside_its_share():
+    run = Run(length=256, batch=8, gpus=4, narrow=4)
+    small = Sizes(layers=6, hidden=64, heads=4, groups=4, width=16, inner=128, vocabulary=1000)
+
+    def of(**shares):
+        return estimate(small, Window(window=16), run, HARDWARE["h100"], Shares(**shares))[0]
+
+    words = 4 * 1000 * 64
+    assert of(replicas=4).copies == 4 * small.parameters  # the buckets of DistributedDataParallel
+    assert of(shard=4).copies == words + 2 * 4 * small.layer
+    assert of(tensor=4).copies == of(sequence=4).copies == of(pipeline=4).copies == 0
+    assert of(pipeline=4).weights == words + 2 * 4 * small.layer  # 6 layers in 4 stages: two in the first
+    # eight rows one after the other find gradients of those before; where every GPU has one row, they come later
+    assert of(tensor=4).beside
+    assert not estimate(small, Window(window=16), replace(run, batch=4), HARDWARE["h100"], Shares(replicas=4))[
+        0
+    ].beside
+
+
+def test_what_is_cut_takes_less_time():
+    """Products are cut by tensor parallelism, norms and residuals are not."""
+    run = Run(length=256, batch=8, gpus=4, narrow=4)
+    small = Sizes(layers=8, hidden=64, heads=4, groups=4, width=16, inner=128, vocabulary=100)
+    tensor, data = (estimate(small, Window(window=16), run, HARDWARE["h100"], shares)[0] for shares in
+                    (Shares(tensor=4), Shares(replicas=4)))  # fmt: skip
+    assert tensor.compute_s == pytest.approx(data.compute_s)
+    assert 1.5 * data.bandwidth_s < tensor.bandwidth_s < 4 * data.bandwidth_s
+    piped = estimate(small, Window(window=16), run, HARDWARE["h100"], Shares(pipeline=4))[0]
+    busiest = 2 * small.layer + 100 * 64  # the last of four stages has the output layer, too
+    assert piped.compute_s / data.compute_s > 11 / 8 * 4 * busiest / small.multiplied * 0.9
+    slow = replace(HARDWARE["h100"], fused_norm=False)
+    chain = estimate(small, Window(window=16), run, slow, Shares(replicas=4))[0]
+    assert chain.bandwidth_s > 1.3 * data.bandwidth_s

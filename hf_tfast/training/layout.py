@@ -64,7 +64,7 @@ class Layout:
                     f"--{flag} {mine}, but the configuration of accelerate launch says {asked[size]}: leave one out"
                 )
         offload = bool(asked.pop("offload", 0))
-        full = asked.pop("full", 0)
+        full = asked.pop("full", 0) and "shard" not in asked  # a flag says how many
         sizes = dict.fromkeys(FLAGS, 1) | asked
         _fill(sizes, world, bool(full))
         layout = cls(**sizes, offload=offload, rank=rank)

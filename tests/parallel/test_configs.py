@@ -111,6 +111,7 @@ def test_what_a_user_fills_in_is_marked(path):
         ({"average_every": 2, "average_delay": 2}, {}, "must be done before the next begins"),
         ({"average_delay": 1}, {}, "must be done before the next begins"),
         ({"average_every": 0}, {}, "at least 1"),
+        ({"shard": 3}, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "shard 3 needs a multiple of 3 processes"),
         ({"pipeline_stages": 2}, {}, "ask for --pipeline_parallel too"),
         ({"shard": 2, "sequence_parallel": 2}, {"WORLD_SIZE": "4"}, "need whole weights in every process"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true", "WORLD_SIZE": "1"}, "belongs to shards"),

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from hf_tfast import Dense, Linformer, Nystrom, Window
+from hf_tfast import Nystrom, Window
 from hf_tfast.testing import assert_near, generator
 from tests.integration.test_export import Encoder, draw, planned
 
 MIXED = {"0": Nystrom(landmarks=8), "1": Window(window=8, sinks=1)}
-PLANS = {"mixed": MIXED, "linformer": {"0": Linformer(rank=12), "1": Dense()}}
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of exporters
 
 
@@ -44,14 +43,6 @@ def openvino(program, path):
 @pytest.mark.parametrize("runtime", [onnx, pytest.param(openvino, marks=pytest.mark.slow)])
 def test_fast_attention_of_one_shape(runtime, tmp_path):
     program_of, program = exported(MIXED)
-    same(runtime(program, tmp_path / "fast.onnx"), program_of, (2, 100))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("runtime", [onnx, openvino])
-def test_every_plan_that_exports(runtime, name, tmp_path):
-    program_of, program = exported(PLANS[name])
     same(runtime(program, tmp_path / "fast.onnx"), program_of, (2, 100))
 
 

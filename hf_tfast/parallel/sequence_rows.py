@@ -96,7 +96,9 @@ class Rows:
         batch, slots = documents.shape
         crossing: list[Document] = []
         pieces: list[list[Piece]] = []
-        whole = all(row[_RUNS] == 1 and row[_FIRST] for rank in told for row in rank)
+        # one run on every rank is not enough: a document may end just where a slice does
+        whole = all(row[_RUNS] == 1 and row[_FIRST] == first[_FIRST] > 0
+                    for rank in told for row, first in zip(rank, told[0], strict=True))  # fmt: skip
         for b in range(batch):
             found, numbers = _follow([rank[b] for rank in told], b)
             mine, start = [], 0

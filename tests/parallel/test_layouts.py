@@ -18,7 +18,9 @@ def assert_same(got, expected, first, last):
     for name in ("loss", "norm"):
         assert len(got[name]) == len(expected[name]) > 2
         for step, (one, other) in enumerate(zip(got[name], expected[name], strict=True)):
-            allowed = first if step < 2 else last
+            # AdamW divides rounding by rounding where a gradient is nothing else: the next norm tells of it
+            early = first if name == "loss" else 10 * first
+            allowed = early if step < 2 else last
             assert one == pytest.approx(other, rel=allowed), f"{name} of step {step + 1}"
     assert got["eval"] == pytest.approx(expected["eval"], rel=last)
     more = got["weights"].keys() - expected["weights"].keys()

@@ -61,6 +61,17 @@ def test_cut_is_whole(mechanism, causal, documents):
                 assert_near(cut, one, f"{name}, cut at {cuts}")
 
 
+@pytest.mark.parametrize(("mechanism", "causal"), CASES, ids=str)
+def test_documents_that_end_where_a_slice_does(mechanism, causal):
+    """Every rank holds a single run of every row, and yet not all of a row is one document."""
+    documents = torch.ones(2, LENGTH, dtype=torch.int64)
+    documents[0, 20:] = 2
+    documents[1, 40:] = 2
+    found, _ = gradients(mechanism, causal, documents, CUTS[0])
+    for name, (one, cut) in found.items():
+        assert_near(cut, one, name)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("documents", [WHOLE, PACKED], ids=["whole", "packed"])
 def test_dropout_draws_by_position(causal, documents):

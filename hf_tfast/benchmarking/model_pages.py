@@ -1,4 +1,4 @@
-"""Tables and the plot of the suite `models`.
+"""Tables and the plot of the suites `models` and `exported`.
 
 A model with a fast attention is held against the sum of its parts, the same model without attention and the attention
 of its layers alone.
@@ -89,7 +89,7 @@ def draw(records: Sequence[Record], folder: Path, subtitle: str) -> None:
         for name in dict.fromkeys(r["series"] for r in mine):
             points = sorted((r["length"], r["seconds"]) for r in mine if r["series"] == name)
             short = name.removeprefix(f"{family}, ")
-            dashed = short.startswith(("OpenVINO", "ONNX")) or short in (FLOOR, ALONE)
+            dashed = ("OpenVINO" in short or "ONNX" in short) or short in (FLOOR, ALONE)
             colour = {"SDPA": "black", FLOOR: "0.55", ALONE: "0.75"}.get(short, COLOURS[others])
             others += colour == COLOURS[others]
             axes.plot(*zip(*points, strict=True), "o--" if dashed else "o-", color=colour, markersize=4, label=short)

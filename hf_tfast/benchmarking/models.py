@@ -14,7 +14,8 @@ from ..feed_forward.int8 import Int8
 from .attention_alone import alone
 from .campaign import Record, Report, Suite
 from .model_pages import ALONE, FLOOR, draw, markdown
-from .whole_models import ENCODERS, NOTHING, encoder, llama, onnxruntime, openvino
+from .runtimes import onnxruntime, openvino
+from .whole_models import ENCODERS, NOTHING, encoder, llama
 from .workload import Case, Competitor
 
 CAUSAL, ENCODING = Window(window=256), Window(window=128, sinks=1)
@@ -23,28 +24,29 @@ CAUSAL, ENCODING = Window(window=256), Window(window=128, sinks=1)
 def competitors(case: Case, records: Sequence[Record]) -> list[Competitor]:
     if case.causal:
         return [
-            _one("Llama-like, SDPA", partial(llama)),
-            _one("Llama-like, Window", partial(llama, fast=CAUSAL), CAUSAL),
-            _one(f"Llama-like, {FLOOR}", partial(llama, attention=NOTHING)),
-            _one(f"Llama-like, {ALONE}", partial(alone, fast=CAUSAL)),
+            one("Llama-like, SDPA", partial(llama)),
+            one("Llama-like, Window", partial(llama, fast=CAUSAL), CAUSAL),
+            one(f"Llama-like, {FLOOR}", partial(llama, attention=NOTHING)),
+            one(f"Llama-like, {ALONE}", partial(alone, fast=CAUSAL)),
         ]
     found = []
     for shape in ENCODERS:
         fast = partial(encoder, shape=shape, fast=ENCODING)
         found += [
-            _one(f"{shape}, SDPA", partial(encoder, shape=shape)),
-            _one(f"{shape}, Window", fast, ENCODING),
-            _one(f"{shape}, Window and Int8", partial(fast, form=Int8()), ENCODING),
-            _one(f"{shape}, OpenVINO", partial(openvino, shape=shape)),
-            _one(f"{shape}, OpenVINO int8", partial(openvino, shape=shape, int8=True)),
-            _one(f"{shape}, ONNX Runtime", partial(onnxruntime, shape=shape)),
-            _one(f"{shape}, {FLOOR}", partial(encoder, shape=shape, attention=NOTHING)),
-            _one(f"{shape}, {ALONE}", partial(alone, fast=ENCODING, shape=shape)),
+            one(f"{shape}, SDPA", partial(encoder, shape=shape)),
+            one(f"{shape}, Window", fast, ENCODING),
+            one(f"{shape}, Window and Int8", partial(fast, form=Int8()), ENCODING),
+            one(f"{shape}, OpenVINO", partial(openvino, shape=shape)),
+            one(f"{shape}, OpenVINO int8", partial(openvino, shape=shape, int8=True)),
+            one(f"{shape}, ONNX Runtime", partial(onnxruntime, shape=shape)),
+            one(f"{shape}, {FLOOR}", partial(encoder, shape=shape, attention=NOTHING)),
+            one(f"{shape}, {ALONE}", partial(alone, fast=ENCODING, shape=shape)),
         ]
     return found
 
 
-def _one(name: str, build: partial, mechanism: Window | None = None) -> Competitor:
+def one(name: str, build: partial, mechanism: Window | None = None) -> Competitor:
+    """A competitor whose series is its name: a model, a comma, and how it runs."""
     return Competitor(name, mechanism, series=name, build=build)
 
 

@@ -49,7 +49,7 @@ def targets() -> list[Target]:
 
 
 SUITES = {"targets": targets}
-LONG = ("modules", "models", "peers", "decode")  # suites that take minutes and can be continued
+LONG = ("modules", "models", "peers", "decode", "exported")  # suites that take minutes and can be continued
 
 
 def long_suite(name: str) -> "Suite":

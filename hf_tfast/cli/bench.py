@@ -39,7 +39,8 @@ def bench(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a grid: targets, modules (every mechanism), models, peers, decode, feed_forward, h200."
+            help="Instead of a grid: targets, modules (every mechanism), models, peers, decode, exported, "
+            "feed_forward, h200."
         ),
     ] = None,
     rounds: Annotated[

@@ -9,7 +9,8 @@
    fastest is proposed, so that a plan is never slower than the best single mechanism, and is dense where that is best.
 5. Its error on the last batches, which nothing was chosen by.
 
-Where time is short, single mechanisms that another one beats in time and in error of the layers are left out first.
+Where time is short, single mechanisms that another one beats in time and in error of the layers are left out first,
+and the fastest within the budget is looked for by halves.
 """
 
 import time
@@ -273,8 +274,9 @@ def _singles(
 ) -> tuple[list[Mix], list[int]]:
     """Each candidate in all layers, with its end error; and those that no time was left for.
 
-    Those that no other beats in time and in error of the layers come first. Time is kept for what must follow: one
-    forward a layer, a search, the models by turns and the last check.
+    Those that no other beats in time and in error of the layers come first, and of them, by halves, those that tell
+    the fastest within the budget. Time is kept for what must follow: one forward a layer, a search, the models by
+    turns and the last check.
     """
     count = len(layers)
     able = [c for c in range(1, len(who)) if all(layer.seconds[c] < float("inf") for layer in layers)]
@@ -282,16 +284,31 @@ def _singles(
     error_of = {c: sum(layer.errors[c] ** 2 for layer in layers) for c in able}
     beaten = {c for c in able for o in able if o != c and (time_of[o], error_of[o]) < (time_of[c], error_of[c])
               and error_of[o] <= error_of[c]}  # fmt: skip
-    ordered = sorted(able, key=lambda c: (c in beaten, time_of[c]))
+    left = sorted(able, key=lambda c: (c in beaten, time_of[c]))
+    unbeaten = [c for c in left if c not in beaten]
     began, rest = time.monotonic(), count + 10 + 3 * (wish.rounds + 1) * (3 if wish.training else 1)
-    singles: list[Mix] = []
-    for done, c in enumerate(ordered):
-        spent = time.monotonic() - began
+    found: dict[int, float] = {}
+    while left:
+        spent, done = time.monotonic() - began, len(found)
         if done and time.monotonic() + (rest + 1) * spent / done > wish.until:
-            return singles, ordered[done:]
-        wish.report(f"end error of {named(who[c])} in all layers, {done + 1} of {len(ordered)}")
-        singles.append(Mix((c,) * count, time_of[c], measured((c,) * count)))
-    return singles, []
+            break
+        c = _halving(unbeaten, found, wish.max_error)
+        left.remove(c := left[0] if c is None else c)
+        wish.report(f"end error of {named(who[c])} in all layers, {done + 1} of {len(able)}")
+        found[c] = measured((c,) * count)
+    return [Mix((c,) * count, time_of[c], error) for c, error in found.items()], left
+
+
+def _halving(row: Sequence[int], found: Mapping[int, float], within: float) -> int | None:
+    """Of a row whose errors should fall, the one to measure next to know the first that is `within`; None once that is
+    known."""
+    low, high = 0, len(row)
+    while low < high:
+        middle = (low + high) // 2
+        if row[middle] not in found:
+            return row[middle]
+        low, high = (low, middle) if found[row[middle]] <= within else (middle + 1, high)
+    return None
 
 
 def _costs(n: int, layers: list[Layer], measured: Callable[[Sequence[int]], float]) -> list[float]:

@@ -7,13 +7,15 @@ import torch
 
 from hf_tfast import Window
 from hf_tfast.attention import Mask, attend
-from hf_tfast.benchmarking import models, whole_models
+from hf_tfast.benchmarking import exported, models, runtimes, whole_models
 from hf_tfast.benchmarking.attention_alone import alone
 from hf_tfast.benchmarking.campaign import Run, conduct
 from hf_tfast.benchmarking.model_pages import markdown
-from hf_tfast.benchmarking.whole_models import NOTHING, encoder, llama, onnxruntime, openvino
+from hf_tfast.benchmarking.runtimes import onnxruntime, openvino
+from hf_tfast.benchmarking.whole_models import NOTHING, encoder, llama
 from hf_tfast.benchmarking.workload import CannotRun, Case, make_inputs, workload
 
+CACHES = (whole_models._llama, whole_models.made, runtimes._openvino, runtimes._onnxruntime)
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -22,10 +24,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(whole_models, "VOCABULARY", 50)
     monkeypatch.setitem(whole_models.ENCODERS, "MiniLM", TINY)
     monkeypatch.setattr(models, "ENCODERS", {"MiniLM": TINY})
-    for each in (whole_models._llama, whole_models._encoder, whole_models._openvino, whole_models._onnxruntime):
+    for each in CACHES:
         each.cache_clear()
     yield
-    for each in (whole_models._llama, whole_models._encoder, whole_models._openvino, whole_models._onnxruntime):
+    for each in CACHES:
         each.cache_clear()
 
 
@@ -95,28 +97,34 @@ def test_encoders_with_a_plan_and_int8():
     assert 0 < (small - dense).norm() / dense.norm() < 0.05
 
 
+FAST = (None, Window(window=8, sinks=1))
+
+
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+@pytest.mark.filterwarnings("ignore")  # those of the exporter
 @pytest.mark.slow
-def test_openvino_runs_the_same_model():
+@pytest.mark.parametrize("fast", FAST)
+def test_openvino_runs_the_same_model(fast):
     given = case(causal=False)
-    dense = run(encoder, given, shape="MiniLM")
-    other = run(openvino, given, shape="MiniLM")
-    assert torch.allclose(dense, torch.from_numpy(next(iter(other.values()))), atol=1e-3)
+    expected = run(encoder, given, shape="MiniLM", fast=fast)
+    other = run(openvino, given, shape="MiniLM", fast=fast)
+    assert torch.allclose(expected, torch.from_numpy(next(iter(other.values()))), atol=1e-3)
 
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
 @pytest.mark.filterwarnings("ignore")  # those of the exporter
-def test_onnxruntime_runs_the_same_model():
+@pytest.mark.parametrize("fast", FAST)
+def test_onnxruntime_runs_the_same_model(fast):
     pytest.importorskip("onnxscript")
     given = case(causal=False)
-    dense = run(encoder, given, shape="MiniLM")
-    assert torch.allclose(dense, torch.from_numpy(run(onnxruntime, given, shape="MiniLM")), atol=1e-4)
+    expected = run(encoder, given, shape="MiniLM", fast=fast)
+    assert torch.allclose(expected, torch.from_numpy(run(onnxruntime, given, shape="MiniLM", fast=fast)), atol=1e-4)
     with pytest.raises(CannotRun, match="computes in fp32"):
         run(onnxruntime, case(causal=False, dtype="bf16"), shape="MiniLM")
 
 
 def test_what_is_not_there_is_said(monkeypatch):
-    monkeypatch.setattr(whole_models, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     for build, options in ((openvino, {}), (openvino, {"int8": True}), (onnxruntime, {})):
         with pytest.raises(CannotRun, match="not installed"):
             build(case(causal=False), None, shape="MiniLM", **options)
@@ -125,7 +133,8 @@ def test_what_is_not_there_is_said(monkeypatch):
 
 
 def test_the_suite_and_its_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_models, "find_spec", lambda name: None)
+    for module in (whole_models, runtimes):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     folder, records = conduct(
         models.SUITE, Run(out=tmp_path / "r", lengths=(16, 32), dtypes=("fp32",), rounds=1), print
     )
@@ -147,3 +156,16 @@ def test_the_suite_and_its_page(tmp_path, monkeypatch):
     assert row.split("|")[-2].strip() == f"{one / parts:.2f}x"
     assert "openvino is not installed" in page
     assert (folder / "models.png").stat().st_size > 5000
+
+
+def test_the_suite_of_exported_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    run_ = Run(out=tmp_path / "r", lengths=(32,), dtypes=("fp32",), rounds=1)
+    _, records = conduct(exported.SUITE, run_, print)
+    timings = {r["series"]: r for r in records if r["kind"] == "timing"}
+    assert set(timings) == {
+        f"MiniLM, {who}" for who in ("SDPA", "Window", "ONNX Runtime", "Window in ONNX Runtime", "OpenVINO",
+                                     "Window in OpenVINO")
+    }  # fmt: skip
+    assert "seconds" in timings["MiniLM, Window"]
+    assert all("not installed" in timings[f"MiniLM, Window in {who}"]["skipped"] for who in exported.RUNTIMES)

@@ -125,6 +125,19 @@ def test_little_time_leaves_single_mechanisms_out_and_says_which():
     assert propose_plan(llama(), rows(), mechanisms=["window"], rounds=1).left_out == ()
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 23])
+def test_little_time_finds_the_fastest_single_within_the_budget(count):
+    errors, within = torch.rand(count).sort(descending=True).values.tolist(), float(torch.rand(()))
+    found: dict[int, float] = {}
+    while (c := propose._halving(range(count), found, within)) is not None:
+        assert c not in found
+        found[c] = errors[c]
+    first = next((c for c in range(count) if errors[c] <= within), count)
+    assert len(found) <= count.bit_length()
+    assert first == count or first in found
+    assert first == 0 or first - 1 in found
+
+
 def test_slow_ones_are_timed_once():
     calls, clock = [0, 0, 0], {0: 0.002, 1: 0.02, 2: 0.001}
 

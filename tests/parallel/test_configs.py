@@ -76,6 +76,17 @@ def test_it_becomes_its_layout(path, monkeypatch):
     assert made.get("ACCELERATE_USE_DEEPSPEED") == ("true" if "deepspeed" in path.stem else None)
 
 
+def test_accelerate_is_told_that_the_layout_is_taken(monkeypatch):
+    """Otherwise it would ignore shards on a CPU, refuse tensor parallel, and wrap on a GPU what is cut already."""
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    for name, value in {**asked, "PARALLELISM_CONFIG_TP_SIZE": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = ScalingArguments()
+    arguments.share()
+    assert (arguments.layout.tensor, arguments.layout.shard) == (2, 2)
+    assert os.environ["ACCELERATE_USE_FSDP"] == os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "false"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_a_user_fills_in_is_marked(path):
     text = path.read_text(encoding="utf-8")

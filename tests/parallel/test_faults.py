@@ -141,7 +141,9 @@ def on_one_rank(cases):
 
 
 def test_ranks_must_agree():
-    cases = [{}, {"torch": "2.12.1"}, {"hf_tfast (digest of its source)": "abc"}]
+    own = "hf_tfast (digest of its source)"
+    assert own in launch.versions()
+    cases = [{}, {"torch": "2.12.1"}, {own: "abc"}]
     for answers in run(on_one_rank, 2, cases):
         assert answers[0] is None
         assert f"process 0 has torch {torch.__version__} and process 1 has 2.12.1" in answers[1]

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 from ..attention import Mask, Mechanism, attend
-from .whole_models import ENCODERS, LLAMA, Built
-from .workload import DTYPES, CannotRun, Case, Inputs
+from .whole_models import ENCODERS, LLAMA, Built, only_encoders
+from .workload import DTYPES, Case, Inputs
 
 
 def alone(case: Case, inputs: Inputs, *, fast: Mechanism, shape: str | None = None) -> Built:
     """Of the Llama-like model, or of the encoder of this shape: from projected queries, keys and values of every layer
     to what is projected back. A training step gives each layer a gradient of full size. CannotRun where the model
     is not measured either."""
-    if shape is not None and case.passes != "forward":
-        raise CannotRun("encoders are measured forward")
+    if shape is not None:
+        only_encoders(case)
     sizes, both = LLAMA if shape is None else ENCODERS[shape], case.passes == "both"
     h = sizes["num_attention_heads"]
     g, width = sizes.get("num_key_value_heads", h), sizes["hidden_size"] // h

@@ -1,6 +1,6 @@
 """The suite `exported`: a whole encoder with a window, and dense, in torch and in the runtimes that take its program.
 
-MiniLM's shape, one document: SDPA and Window(window=128) in torch; both in ONNX Runtime (fp32) and OpenVINO.
+MiniLM's shape, one document: SDPA and Window(window=128, sinks=1) in torch; both in ONNX Runtime (fp32) and OpenVINO.
 """
 
 from collections.abc import Sequence

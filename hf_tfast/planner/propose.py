@@ -293,15 +293,16 @@ def _singles(
         if done and time.monotonic() + (rest + 1) * spent / done > wish.until:
             break
         c = _halving(unbeaten, found, wish.max_error)
-        left.remove(c := left[0] if c is None else c)
+        c = left[0] if c is None else c
+        left.remove(c)
         wish.report(f"end error of {named(who[c])} in all layers, {done + 1} of {len(able)}")
         found[c] = measured((c,) * count)
     return [Mix((c,) * count, time_of[c], error) for c, error in found.items()], left
 
 
 def _halving(row: Sequence[int], found: Mapping[int, float], within: float) -> int | None:
-    """Of a row whose errors should fall, the one to measure next to know the first that is `within`; None once that is
-    known."""
+    """Of a row whose errors should fall, as those of its layers do, the one to measure next to know the first that is
+    `within`; None once that is known."""
     low, high = 0, len(row)
     while low < high:
         middle = (low + high) // 2

@@ -138,7 +138,7 @@ def _to_disk(folder: Path) -> None:
 def _left_alone(error: Exception) -> bool:
     """Did processes fail to talk? They are told no more than that a connection was closed, and gloo does so without a
     class of errors of its own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _meet(trainer: Any) -> None:

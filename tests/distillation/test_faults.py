@@ -83,7 +83,7 @@ def losses(done):
     return [(h["step"], h["loss"], h["learning_rate"]) for h in done.state.log_history if "loss" in h]
 
 
-@pytest.mark.parametrize("at", [2, 6])
+@pytest.mark.parametrize("at", [2, pytest.param(6, marks=pytest.mark.slow)])
 @stages
 def test_sigterm_saves_and_the_next_losses_are_the_same(objective, at, monkeypatch, tmp_path):
     """In the second step, and in the last one: then no step is taken twice."""

@@ -151,7 +151,10 @@ def test_scopes():
     assert found == {*"BDERTYWVUGKMQH", "m"}
 
 
-@pytest.mark.parametrize("name", ["window", "hashed", "performer", "scatterbrain", "nystrom"])
+@pytest.mark.parametrize(
+    "name",
+    ["window", "hashed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("performer", "scatterbrain", "nystrom"))],
+)
 def test_every_mechanism_alone_makes_a_whole_file(name, tmp_path):
     cls = mechanisms()[name]
     model = TFastForMaskedLM(TFastConfig(attention=cls(**cls.small), **SMALL))

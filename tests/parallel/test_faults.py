@@ -295,8 +295,8 @@ LEFT = "another process left while it was written"
 def test_a_full_disk_ends_both(texts, tmp_path, unbroken, layout, victims, left):
     """Not even half of the optimiser's file fits, or nothing does; the other process waits for a part of the weights,
     or to be told that all is written. Both say what happened, the checkpoint before is whole, and training goes on."""
-    out = tmp_path / "out"
-    full = torchrun(tmp_path, texts, out, victims, str(left), layout=layout)
+    out, patient = tmp_path / "out", ("--monitor_interval", "20")  # torchrun ends the other when it sees one end
+    full = torchrun(tmp_path, texts, out, victims, str(left), *patient, layout=layout)
     assert full.returncode != 0
     told = re.findall(r"CheckpointError: checkpoint-6 could not be written to \S+ \(\d+ MiB are free .*", full.stderr)
     assert len(told) == 2, full.stderr[-5000:]

@@ -49,11 +49,11 @@ def estimate(
         print("No layout fits into memory; these need the least. Try --checkpointing, a smaller --batch or more GPUs.")
     for one in found:
         parts = {"weights": one.weights, "gradients": one.gradients, "optimiser": one.optimiser, "copies": one.copies,
-                 "activations": one.activations}  # fmt: skip
+                 "activations": one.activations, "buckets": one.buckets}  # fmt: skip
         told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
         times = f"{one.compute_s:.3g} + {one.bandwidth_s:.3g}, network {one.network_s:.3g}"
-        print(f"{one.shares!s:<40} {one.memory / 1e9:7.1f} GB ({told}) {one.step_s:9.3f} s ({times}), bound by "
-              f"{one.bound}, {one.sent / 1e9:.3g} GB sent"
+        print(f"{one.shares!s:<40} {one.memory / 1e9:7.1f} GB ({told}), at least {one.step_s:.3f} s ({times}), "
+              f"bound by {one.bound}, {one.sent / 1e9:.3g} GB sent"
               + ("" if one.shares.runs else " (the recipes do not combine these yet)"))  # fmt: skip
     print(f"A sequence in generation keeps {found[0].cache / 1e9:.3g} GB of keys and values.")
 

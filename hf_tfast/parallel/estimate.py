@@ -14,7 +14,7 @@ from typing import Any
 
 from ..attention import Mechanism
 from .estimate_hardware import Hardware
-from .estimate_memory import BUCKET, WIDE, Part, activations
+from .estimate_memory import WIDE, Part, of_ends
 from .estimate_model import Sizes, cache_bytes, halo, sent_per_layer
 from .estimate_time import moved_of_layer, moved_of_loss, moved_of_weights, operations
 
@@ -76,8 +76,10 @@ class Shares:
 class Estimate:
     """Bytes on the fullest GPU and bytes that it sends in a step; seconds that each resource alone would need.
 
-    copies     weights of other GPUs that are gathered, or buckets in which gradients are summed.
+    gradients  under FSDP2 without replicas whole ones, where a GPU has several rows: scattered after the last.
+    copies     weights of other GPUs that are gathered, or the buckets of DistributedDataParallel.
     beside     are there gradients of earlier rows while activations are at their peak?
+    buckets    in which a shared sequence sums its gradients, when activations have gone.
     """
 
     shares: Shares
@@ -87,6 +89,7 @@ class Estimate:
     copies: float
     activations: float
     beside: bool
+    buckets: float
     cache: float
     compute_s: float
     bandwidth_s: float
@@ -96,8 +99,8 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        at_peak = self.gradients + self.activations if self.beside else max(self.gradients, self.activations)
-        return self.weights + self.optimiser + self.copies + at_peak
+        at_peak = self.activations + (self.gradients if self.beside else 0)
+        return self.weights + self.optimiser + self.copies + max(at_peak, self.gradients + self.buckets)
 
     @property
     def step_s(self) -> float:
@@ -105,8 +108,9 @@ class Estimate:
 
     @property
     def bound(self) -> str:
-        times = {"compute": self.compute_s, "bandwidth": self.bandwidth_s, "network": self.network_s}
-        return max(times, key=lambda name: times[name])
+        if self.network_s > self.compute_s + self.bandwidth_s:
+            return "network"
+        return "compute" if self.compute_s >= self.bandwidth_s else "bandwidth"
 
     def to_dict(self) -> dict[str, Any]:
         extra = {"memory": self.memory, "step_s": self.step_s, "bound": self.bound, "layout": str(self.shares)}
@@ -119,8 +123,10 @@ def estimate(
     """Every layout that divides evenly (or the one given), those that fit first, the fastest of them first.
 
     Among equals, to two digits, those that the recipes train come first, and then the simplest. ValueError where no
-    layout divides, naming what would have to.
+    layout divides, naming what would have to, and for a given one that does not.
     """
+    if shares is not None:
+        _check(run, shares)
     tried = [shares] if shares is not None else list(layouts(sizes, mechanism, run, hardware))
     if not tried:
         raise ValueError(
@@ -149,16 +155,31 @@ def layouts(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware) ->
                     yield Shares(tensor=t, sequence=s, pipeline=p, shard=f, replicas=data // f)
 
 
+def _check(run: Run, shares: Shares) -> None:
+    used = shares.tensor * shares.sequence * shares.pipeline * shares.data
+    if used != run.gpus:
+        raise ValueError(f"{shares} takes {used} GPUs, and there are {run.gpus}: their product is the number of GPUs")
+    if run.batch % shares.data:
+        raise ValueError(f"{run.batch} sequences cannot be shared evenly by {shares.data} (shard x replicas)")
+    if run.batch // shares.data < shares.pipeline:
+        raise ValueError(
+            f"a pipeline of {shares.pipeline} needs as many rows at least, and has {run.batch // shares.data}: raise "
+            f"the batch to {shares.pipeline * shares.data}"
+        )
+
+
 def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, shares: Shares) -> Estimate:
     held = _held(sizes, shares)
     per_gpu = held / shares.shard
     part = Part(
         rows=run.batch // shares.data, tokens=run.length / shares.sequence, tensor=shares.tensor,
         stages=shares.pipeline, narrow=run.narrow, fused_norm=hardware.fused_norm, checkpointing=run.checkpointing,
-        halo=halo(mechanism) if shares.sequence > 1 else 0,
+        halo=halo(sizes, mechanism) if shares.sequence > 1 else 0,
     )  # fmt: skip
-    # of a shared sequence gradients are summed in buckets when activations have gone: one beside them, and its sum
-    buckets = 2 * min(per_gpu, BUCKET) * GRADIENT if shares.sequence > 1 else 0.0
+    gradients = (held if _late(run, shares) else per_gpu) * GRADIENT
+    # of a pipeline the first stage is at its fullest before its first backward pass, the last one at every row's
+    ends = zip(of_ends(sizes, mechanism, part), (part.rows > shares.pipeline, part.rows > 1), strict=True)
+    fullest, beside = max(ends, key=lambda end: end[0] + (gradients if end[1] else 0))
     groups = list(_traffic(sizes, mechanism, run, shares, hardware))
     links = [hardware.link(span) for span, _, _ in groups]
     compute, bandwidth = _seconds(sizes, mechanism, run, part, hardware)
@@ -166,12 +187,12 @@ def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, share
     e = Estimate(
         shares=shares,
         weights=per_gpu * WEIGHT,
-        gradients=per_gpu * GRADIENT,
+        gradients=gradients,
         optimiser=per_gpu * OPTIMISER,
         copies=_copies(sizes, shares, held),
-        activations=max(activations(sizes, mechanism, part), buckets),
-        # in a pipeline the first stage is the fullest, before its first backward pass
-        beside=part.rows > shares.pipeline,
+        activations=fullest,
+        beside=beside,
+        buckets=_buckets(sizes, shares, per_gpu),
         cache=cache_bytes(sizes, mechanism, run.length, run.narrow),
         compute_s=compute,
         bandwidth_s=bandwidth,
@@ -188,6 +209,22 @@ def _held(sizes: Sizes, shares: Shares) -> float:
     if shares.pipeline == 1:
         return sizes.parameters / shares.tensor
     return (ceil(sizes.layers / shares.pipeline) * sizes.layer + sizes.vocabulary * sizes.hidden) / shares.tensor
+
+
+def _late(run: Run, shares: Shares) -> bool:
+    """Are gradients scattered after the last row alone? So does Trainer with FSDP2 and no replicas; with replicas it
+    scatters after every row, and sums over them after the last."""
+    return shares.shard > 1 and shares.replicas == 1 and run.batch // shares.data > 1
+
+
+def _buckets(sizes: Sizes, shares: Shares, per_gpu: float) -> float:
+    """Of a shared sequence gradients are summed bucket by bucket: one beside them, and its sum. No matrix is split."""
+    from .sequence import BUCKET
+
+    if shares.sequence == 1:
+        return 0.0
+    largest = max(sizes.vocabulary, sizes.inner) * sizes.hidden / (shares.tensor * shares.shard)
+    return 2 * min(per_gpu, max(BUCKET, largest)) * GRADIENT
 
 
 def _copies(sizes: Sizes, shares: Shares, held: float) -> float:
@@ -230,14 +267,16 @@ def _traffic(
     if t > 1:
         # two sums a layer forward; backward one for every matrix that reads the states, as Transformers does it;
         # embeddings forward, the output layer backward, and its logits
-        sums = layers * (2 + 3 + (2 if sizes.gated else 1)) + 2
+        # computed again, a layer sums what attention put out once more; torch stops before its last sum
+        sums = layers * (2 + 3 + (2 if sizes.gated else 1) + (1 if run.checkpointing else 0)) + 2
         logits = rows * tokens * sizes.vocabulary * run.narrow * (t - 1) / t
         yield span, sums * states * 2 * (t - 1) / t + logits, rows * (sums + 1)
     span *= s
     if s > 1:
         exchanged, hops = sent_per_layer(sizes, mechanism, s, run.narrow)
+        again = 1.5 if run.checkpointing else 1.0  # half of it is sent forward
         summed, rounds = _all_reduce(held * GRADIENT / shares.shard, s)
-        yield span, layers * rows * exchanged / t + summed, layers * hops * rows + rounds
+        yield span, again * layers * rows * exchanged / t + summed, again * layers * hops * rows + rounds
     span *= shares.pipeline
     if shares.pipeline > 1:  # states forward, gradients backward, of two stages one each; tied embeddings of the ends
         tied = sizes.vocabulary * sizes.hidden * GRADIENT if sizes.tied else 0
@@ -245,12 +284,14 @@ def _traffic(
         yield span, (1 if shares.pipeline == 2 else 2) * wide + tied / t, 2 * rows
     span *= shares.shard
     if shares.shard > 1:
-        # layers are gathered forward and backward, embeddings and output layer once; gradients are scattered; all in
+        # a row gathers layers forward and backward, embeddings and output layer once; gradients are scattered; all in
         # fp32, of which autocast makes bf16. gloo scatters by an all-reduce, which sends twice as much
         ends = sizes.vocabulary * sizes.hidden * (1 if sizes.tied else 2) / t
         scattered = held * (2 if hardware.reduces_whole else 1)
         part = (shares.shard - 1) / shares.shard
-        yield span, rows * (2 * held - ends + scattered) * WEIGHT * part, rows * 3 * layers
+        times = 1 if _late(run, shares) else rows
+        size = rows * (2 * held - ends) + times * scattered
+        yield span, size * WEIGHT * part, (2 * rows + times) * layers
     span *= shares.replicas
     if shares.replicas > 1:
         yield span, *_all_reduce(held * GRADIENT / shares.shard, shares.replicas)

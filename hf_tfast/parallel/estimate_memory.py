@@ -15,10 +15,9 @@ from ..attention.performer import Performer
 from ..attention.window import Window
 from .estimate_model import CHUNK, KNOWN, Sizes
 
-__all__ = ["BUCKET", "WIDE", "Part", "activations", "chained", "kept_of_layer"]
+__all__ = ["WIDE", "Part", "activations", "chained", "kept_of_layer", "of_ends"]
 
 WIDE = 4  # bytes of a number in fp32: residuals, norms and the loss, under autocast too
-BUCKET = 2**23  # numbers of gradients that a shared sequence sums at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ def kept_of_layer(sizes: Sizes, mechanism: Mechanism, part: Part) -> dict[str, t
         "inputs of matrices": (readers * hidden * narrow, 0),
         # rotated queries and keys, and values: attention computes its weights again from them
         "queries, keys, values": (0, (heads + 2 * groups) * narrow),
-        "attention": (0, workspace(sizes, mechanism, narrow)),
+        "attention": (0, workspace(sizes, mechanism)),
         # what the matrix behind attention read
         "outputs of attention": (0, heads * narrow),
         # gated: the activation's input and output, the other half, and their product; else the first two
@@ -72,7 +71,7 @@ def kept_of_layer(sizes: Sizes, mechanism: Mechanism, part: Part) -> dict[str, t
     }  # fmt: skip
 
 
-def workspace(sizes: Sizes, mechanism: Mechanism, narrow: int) -> float:
+def workspace(sizes: Sizes, mechanism: Mechanism) -> float:
     """Bytes that attention itself keeps, per token and layer. ValueError for mechanisms without a formula."""
     number = 4.0 * sizes.heads  # one of fp32 for every query and head
     if isinstance(mechanism, Window):
@@ -86,6 +85,11 @@ def workspace(sizes: Sizes, mechanism: Mechanism, narrow: int) -> float:
 
 def activations(sizes: Sizes, mechanism: Mechanism, part: Part) -> float:
     """Bytes at the fullest moment of a backward pass: what was kept, and what the pass adds where it begins."""
+    return max(of_ends(sizes, mechanism, part))
+
+
+def of_ends(sizes: Sizes, mechanism: Mechanism, part: Part) -> tuple[float, float]:
+    """`activations` of the first and of the last stage of a pipeline; without one, twice the same."""
     sums = [sum(kept) for kept in zip(*kept_of_layer(sizes, mechanism, part).values(), strict=True)]
     layer = part.tokens * (sums[0] + sums[1] / part.tensor)
     layer += 2 * part.halo * sizes.groups * sizes.width * part.narrow / part.tensor
@@ -98,10 +102,12 @@ def activations(sizes: Sizes, mechanism: Mechanism, part: Part) -> float:
     if part.checkpointing:  # of a layer its input alone, but for the layer that is computed again
         held = layers * part.tokens * sizes.hidden * WIDE
         forward = held + moments["scores"] + copies  # the copies go when the forward pass ends
-        return once + max(forward, held + moments["loss"], held + layer + between + copies / layers)
+        most = once + max(forward, held + moments["loss"], held + layer + between + copies / layers)
+        return most, most
     kept = layers * layer + copies
     if part.stages == 1:
-        return once + kept + max(*moments.values(), between)
+        most = once + kept + max(*moments.values(), between)
+        return most, most
     # a row's states as they came in (received into a place of its own) and went out, and its tables
     underway = min(part.stages, part.rows)
     border = part.tokens * sizes.hidden * WIDE
@@ -109,7 +115,7 @@ def activations(sizes: Sizes, mechanism: Mechanism, part: Part) -> float:
     last_layers = sizes.layers // part.stages
     outputs = part.tokens * sizes.vocabulary * part.narrow  # of a stage are held until its backward pass
     last = last_layers * (layer + copies / layers) + once + border + outputs + max(*moments.values(), between)
-    return max(first, last)
+    return first, last
 
 
 def _within_layer(sizes: Sizes, part: Part) -> float:

@@ -13,6 +13,11 @@ __all__ = ["CHUNK", "KNOWN", "Sizes", "cache_bytes", "halo", "pairs_per_token", 
 
 CHUNK = 128  # positions for which a causal Performer keeps one state while it trains
 KNOWN = "dense, window, performer, nystrom"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+INNER = ("intermediate_size", "n_inner", "ffn_dim")
+# feed-forwards with a gate, by the model type, where norms are LayerNorms and the config does not say so
+GATED = {"bert": False, "roberta": False, "gpt2": False, "gpt_neox": False, "opt": False, "phi": False,
+         "modernbert": True}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,13 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any) -> "Sizes":
-        """From a config of Transformers. ValueError names the size that it does not tell."""
-        config = config.get_text_config()
+        """From a config of Transformers. ValueError names what it does not tell, or what has no formula."""
+        config, whole = config.get_text_config(), config
+        kind = getattr(config, "model_type", "")
+        if any((getattr(config, name, None) or 1) > 1 for name in EXPERTS):
+            raise ValueError(f"{type(config).__name__} has experts: there are formulas for one feed-forward a layer")
+        if getattr(whole, "is_encoder_decoder", False):
+            raise ValueError(f"{type(whole).__name__} has an encoder and a decoder: there are formulas for one stack")
 
         def told(*names: str) -> Any:
             found = next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
@@ -46,7 +56,13 @@ class Sizes:
         heads, hidden = told("num_attention_heads"), told("hidden_size")
         root_mean_square = hasattr(config, "rms_norm_eps")
         norm = {"layer_norm": "layer", "rms_norm": "rms"}.get(getattr(config, "norm_type", ""))
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+        inner = 4 * hidden if kind == "gpt2" and config.n_inner is None else told(*INNER)
+        gated = getattr(config, "mlp_gated", True if root_mean_square else GATED.get(kind))
+        if gated is None:
+            raise ValueError(
+                f"{type(config).__name__} does not tell what its feed-forward is made of: known are TFast models, "
+                f"those with rms_norm_eps, and {', '.join(GATED)}"
+            )
         return cls(
             layers=told("num_hidden_layers"),
             hidden=hidden,
@@ -55,11 +71,11 @@ class Sizes:
             width=getattr(config, "head_dim", None) or hidden // heads,
             inner=inner,
             vocabulary=told("vocab_size"),
-            gated=bool(getattr(config, "mlp_gated", root_mean_square)),
+            gated=bool(gated),
             tied=bool(getattr(config, "tie_word_embeddings", True)),
-            causal=bool(getattr(config, "causal", root_mean_square or hasattr(config, "n_ctx"))),
+            causal=_causal(config),
             norm=norm or ("rms_chain" if root_mean_square else "layer"),
-            rotary=getattr(config, "position_encoding", "rotary" if root_mean_square else "") == "rotary",
+            rotary=getattr(config, "position_encoding", "rotary" if _turned(config) else "") == "rotary",
         )
 
     @property
@@ -84,6 +100,29 @@ class Sizes:
         return self.multiplied + (0 if self.tied else self.vocabulary * self.hidden)
 
 
+def _causal(config: Any) -> bool:
+    """As the config says; else a model is causal that Transformers loads as a causal language model alone."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as GENERATE,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as FILL,
+    )
+
+    told, kind = getattr(config, "causal", None), getattr(config, "model_type", "")
+    if told is not None:
+        return bool(told)
+    if kind in GENERATE and kind in FILL:
+        return bool(getattr(config, "is_decoder", False))
+    if kind not in GENERATE and kind not in FILL:
+        raise ValueError(f"{type(config).__name__} does not tell whether its attention is causal")
+    return kind in GENERATE
+
+
+def _turned(config: Any) -> bool:
+    return bool(getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None))
+
+
 def pairs_per_token(mechanism: Mechanism, sizes: Sizes, length: int) -> float:
     """Keys that a query meets (or work that costs as much), of `length`: 4 x heads x width operations each."""
     if isinstance(mechanism, Window):
@@ -98,9 +137,11 @@ def pairs_per_token(mechanism: Mechanism, sizes: Sizes, length: int) -> float:
     raise ValueError(f"there is no formula for {mechanism.name}; there are formulas for {KNOWN}")
 
 
-def halo(mechanism: Mechanism) -> int:
+def halo(sizes: Sizes, mechanism: Mechanism) -> int:
     """Keys of its neighbours that a rank has beside its own, where a sequence is shared."""
-    return mechanism.window - 1 + mechanism.sinks if isinstance(mechanism, Window) else 0
+    if not isinstance(mechanism, Window):
+        return 0
+    return (mechanism.window - 1 if sizes.causal else 2 * mechanism.window) + mechanism.sinks
 
 
 def cache_bytes(sizes: Sizes, mechanism: Mechanism, length: int, bytes_each: int) -> float:

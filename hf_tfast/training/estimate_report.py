@@ -98,6 +98,8 @@ class Watch(TrainerCallback):
 
 def loopback_bytes() -> int:
     """That the loopback device has carried since the machine began. OSError where the kernel does not tell."""
+    if not _COUNTERS.is_file():
+        raise OSError(f"bytes sent are counted by Linux alone, in {_COUNTERS}, which is not there")
     for line in _COUNTERS.read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if name.strip() == "lo":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from . import fused, traced
+from . import fused, native, traced
 from .score import Score
 from .tiles import Call, Layout, Tile
 
@@ -76,8 +76,7 @@ class _Tiles(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         # a band in tiles adds its overlaps up in fp32 first
         summed = q.dtype if call.layout.lists is None and not call.fused else wide
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=summed), torch.zeros_like(v, dtype=summed)
+        dq, dk, dv = native.room_like(q), native.room_like(k, summed).zero_(), native.room_like(v, summed).zero_()
         dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
         scratch = _Scratch()
         for tile in call.tiles():

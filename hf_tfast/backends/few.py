@@ -19,7 +19,9 @@ MORE = 2**25  # on other devices, which want few, large operations
 
 
 def segment_means(x: Tensor, segments: int) -> Tensor:
-    """[b h n d] -> [b h segments d] in at least fp32: means of n // segments tokens, of one more in the first ones."""
+    """[b h n d] -> [b h segments d] in at least fp32: means of n // segments tokens, of one more in the first ones.
+    ValueError for fewer than one segment, or more than tokens."""
+    _check_segments(x, segments)
     if few_native.serves((x,), (), None):
         return with_means(x, segments)[1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -34,6 +36,7 @@ def segment_means(x: Tensor, segments: int) -> Tensor:
 def with_means(x: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     """x as it is, for `few_keys` or `few_queries` and nobody else, and its `segment_means`: the gradient of x, which
     those two make anew, is added to in place."""
+    _check_segments(x, segments)
     if few_native.serves((x,), (), None):
         return _Means.apply(x, segments)
     return x, segment_means(x, segments)
@@ -80,6 +83,11 @@ def few_queries_part(
         return o.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 
+def _check_segments(x: Tensor, segments: int) -> None:
+    if not traced.tracing() and not 1 <= segments <= x.shape[2]:  # sizes of a program may be open
+        raise ValueError(f"expected 1 to {x.shape[2]} segments of {x.shape[2]} tokens, got {segments}")
+
+
 def _heads(x: Tensor, h: int) -> Tensor:
     """[b g j d] -> [b h j d] as [n j d]: for the few only."""
     return x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1)
@@ -116,7 +124,7 @@ class _Means(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dx: Tensor, grad: Tensor) -> tuple[Tensor, None]:
-        (dx,) = as_rows(dx)
+        (dx,) = as_rows(dx.contiguous() if 0 in dx.stride() else dx)  # an expanded one has no room of its own
         few_native.means_backward(dx, grad)
         return dx, None
 

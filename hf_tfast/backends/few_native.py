@@ -1,8 +1,9 @@
 """Softmax attention between many rows and few in C, forward and backward, each one pass over memory.
 
 See few_steps.c, which the machine's own compiler makes on first use (native.py). few.py asks it on CPUs with AVX2 or
-more, for fp32 and bf16, without a softcap; torch's own operations serve all else, and everything where there is no
-compiler, which is said once in the log, or where HF_TFAST_NATIVE=0 asks for it.
+more, for fp32 and bf16, up to 1024 few, without a softcap or a bias that needs a gradient; torch's own operations
+serve all else, and everything where there is no compiler, which is said once in the log, or where HF_TFAST_NATIVE=0
+asks for it.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .native import Rows, as_rows
+from .native import Rows, as_rows, room_like
 
 __all__ = ["keys", "keys_backward", "means", "means_backward", "queries", "queries_backward", "serves"]
 
@@ -42,7 +43,11 @@ class _Call(ctypes.Structure):
 def serves(many: Sequence[Tensor], few: Sequence[Tensor | None], softcap: float | None) -> bool:
     """Is this call one for the C, and is there one? `many` [b h i ..], `few` [n m ..] in at least fp32."""
     tensors = [x for x in (*many, *few) if x is not None]
-    if not native.wanted(*tensors) or softcap is not None or many[0].dtype not in DTYPES:
+    if not native.wanted(*tensors) or softcap is not None:
+        return False
+    if len({x.dtype for x in many}) > 1 or many[0].dtype not in DTYPES:
+        return False
+    if any(x is not None and x.dtype != torch.float32 for x in few):
         return False
     sized = all(x.numel() for x in tensors) and all(x.shape[1] <= WIDEST for x in few[:1] if x is not None)
     return sized and _library() is not None
@@ -79,7 +84,7 @@ def keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 def keys_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, given that of the output."""
     (q,), parts = as_rows(q), _parts(q)
-    dq, dk, dv = torch.empty_like(q), k.new_empty(parts, *k.shape), v.new_empty(parts, *v.shape)
+    dq, dk, dv = room_like(q), k.new_empty(parts, *k.shape), v.new_empty(parts, *v.shape)
     few = {"few": k, "value": v, "bias": bias, "dfew": dk, "dvalue": dv}
     _run("keys_backward", {"x": q, "y": grad, "dx": dq}, few)
     return dq, dk.sum(0), dv.sum(0)
@@ -103,7 +108,7 @@ def queries_backward(
     """The gradients of q, k, v, given that of the output; rest [b*g n] is what every gradient of a score has in
     common: that of lse, less grad . o."""
     k, v = as_rows(k, v)
-    dk, dv, dq = torch.empty_like(k), torch.empty_like(v), q.new_empty(_parts(k), *q.shape)
+    dk, dv, dq = room_like(k), room_like(v), q.new_empty(_parts(k), *q.shape)
     few = {"few": q, "value": grad, "lse": lse, "rest": rest, "dfew": dq}
     _run("queries_backward", {"x": k, "y": v, "dx": dk, "dy": dv}, few)
     return dq.sum(0), dk, dv
@@ -126,8 +131,11 @@ def _run(name: str, many: dict[str, Tensor], few: Mapping[str, Tensor | None]) -
     held = {at: None if t is None else t.contiguous() for at, t in few.items()}
     n, e = held["few"].shape[1], y.shape[-1]  # type: ignore[union-attr]
     sizes = x.shape[1], x.shape[0] * x.shape[1], x.shape[2], n, x.shape[-1], e, _chunk(x)
+    work = x.shape[0] * (n if name.startswith("means") else x.shape[1] * _parts(x))
     call = _Call(
-        bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(), **dict(zip(SIZES, sizes, strict=True))
+        bf16=x.dtype == torch.bfloat16,
+        threads=min(torch.get_num_threads(), work),
+        **dict(zip(SIZES, sizes, strict=True)),
     )
     for at, t in {**many, "x": x, "y": y}.items():
         setattr(call, at, Rows.of(t))

@@ -42,13 +42,24 @@ class Rows(ctypes.Structure):
 
 
 def as_rows(*tensors: Tensor) -> list[Tensor]:
-    """With the numbers of a row side by side, as C reads them; tensors made like these are so, too."""
+    """With the numbers of a row side by side, and as they are, not to be negated first, as C reads them."""
+    tensors = tuple(x.resolve_neg() for x in tensors)
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def room_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Not filled, [b h n d] as x, numbers of a row side by side: in `empty_like` not where rows of x overlap."""
+    y = torch.empty_like(x, dtype=dtype)
+    if y.stride(-1) == 1:
+        return y
+    b, h, n, d = x.shape
+    return x.new_empty(b, n, h, d, dtype=dtype).transpose(1, 2)
 
 
 def wanted(*tensors: Tensor) -> bool:
     """Are these plain tensors on a CPU, in a program that runs now, and is the C not switched off?"""
     plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    plain = plain and all(x.layout is torch.strided and not x.is_neg() for x in tensors)
     return plain and not torch.compiler.is_compiling() and os.environ.get(SWITCH, "1") != "0"
 
 

@@ -51,6 +51,26 @@ def test_few_queries(softcap, g):
     )
 
 
+@pytest.mark.parametrize("segments", [0, -1, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_segments_hold_tokens(dtype, segments):
+    x = torch.zeros(1, 2, 11, 4, dtype=dtype)
+    for means in (few.segment_means, few.with_means):
+        with pytest.raises(ValueError, match=f"expected 1 to 11 segments of 11 tokens, got {segments}"):
+            means(x, segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_means_may_come_expanded(dtype):
+    x = torch.randn(2, 3, 11, 4, dtype=dtype, generator=generator("expanded"), requires_grad=True)
+    y = torch.zeros_like(x, requires_grad=True)
+    same, means = few.with_means(x, 4)
+    dx, dy = torch.autograd.grad((same + y).sum() + means.sum(), (x, y))
+    assert torch.equal(dy, torch.ones_like(y))
+    sizes = torch.tensor([3] * 9 + [2] * 2, dtype=dtype)
+    assert_near(dx, (1 + 1 / sizes)[:, None].expand_as(x), "gradient", 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_fp32(dtype):
     q, k, v = qkv(Shape(j=600, d=16), "low", dtype=dtype, grad=True)

@@ -2,7 +2,8 @@
 
 See run_steps.c, which the machine's own compiler makes on first use (native.py). It serves CPUs with AVX2 or more,
 fp32 and bf16, with sink logits, without softcap or dropout; lists.py serves all else, and everything where there is no
-compiler, which is said once in the log, or where HF_TFAST_NATIVE=0 asks for it.
+compiler, which is said once in the log, or where HF_TFAST_NATIVE=0 asks for it. A run holds at most 4096 keys.
+Backward, the keys of a bucket are one thread's, so that a round without buckets, a window, is one thread per key head.
 """
 
 import ctypes
@@ -45,7 +46,7 @@ class _Call(ctypes.Structure):
 
 def serves(q: Tensor, k: Tensor, v: Tensor, score: Score, reach: int) -> bool:
     """Is this call one for the C, and is there one? `reach`: keys of a run, at most."""
-    if not native.wanted(q, k, v) or q.dtype not in DTYPES:
+    if not native.wanted(q, k, v) or not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return False
     simple = score.softcap is None and not score.dropout
     sized = min(reach, k.shape[2]) <= WIDEST and min(*q.shape, *v.shape) > 0
@@ -68,7 +69,10 @@ class _Work:
 
 def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Runs, score: Score) -> Tensor:
     """Attention of q [b h i d] over k [b g j d], v [b g j e], each query over its runs -> [b h i e]; a key that is in
-    several of them counts once. A query without keys reads zeros. Differentiable once, in q, k, v and score.sinks."""
+    several of them counts once. A query without keys reads zeros. Differentiable once, in q, k, v and score.sinks.
+    ValueError for runs that are not int32."""
+    if wrong := {name: x.dtype for name in RUNS if (x := getattr(runs, name)).dtype != torch.int32}:
+        raise ValueError(f"expected runs in int32, got {wrong}")
     with torch.autocast(q.device.type, enabled=False):
         return _Runs.apply(q, k, v, score.sinks, _Work(runs, score.factor(q.shape[-1])))
 
@@ -78,13 +82,15 @@ class _Runs(torch.autograd.Function):
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, work: _Work) -> Tensor:
         q, k, v = as_rows(q, k, v)
         b, h, i, _ = q.shape
-        top, total = torch.full((b, h, i), float("-inf")), torch.zeros(b, h, i)
+        top = q.new_full((b, h, i), float("-inf"), dtype=torch.float32)
+        total = q.new_zeros(b, h, i, dtype=torch.float32)
         if sinks is not None:
-            top.copy_((sinks.detach().float() * LOG2_E)[:, None].expand_as(top))
-            total.fill_(1)
+            logits = (sinks.detach().float() * LOG2_E)[:, None]
+            top.copy_(logits.expand_as(top))
+            total.copy_((logits - logits + 1).masked_fill(logits == float("-inf"), 0).expand_as(total))
         o = _by_position(v, h, i)
         _run(0, work, {"q": q, "k": k, "v": v, "o": o}, top, total)
-        some = total > 0
+        some = total != 0  # what is not finite has to stay so
         o.div_(total.where(some, 1.0)[..., None])
         mass = top.add_(total.log2_()).masked_fill_(~some, float("inf"))
         ctx.save_for_backward(q, k, v, sinks, o, mass)  # type: ignore[arg-type]
@@ -96,7 +102,7 @@ class _Runs(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, o, mass = ctx.saved_tensors  # type: ignore[attr-defined]
         (grad,), (h, i), (g, j) = as_rows(grad), q.shape[1:3], k.shape[1:3]
-        delta = (o * grad).sum(-1)
+        delta, mass = (o * grad).sum(-1).contiguous(), mass.contiguous()
         dq, dk, dv = _by_position(q, h, i), _by_position(k, g, j), _by_position(v, g, j)
         tensors = {"q": q, "k": k, "v": v, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
         _run(1, ctx.work, tensors, mass, delta)  # type: ignore[attr-defined]
@@ -109,7 +115,7 @@ class _Runs(torch.autograd.Function):
 
 def _by_position(like: Tensor, heads: int, rows: int) -> Tensor:
     """Zeros in fp32 [b heads rows width of like], heads side by side as projections make and take them."""
-    return torch.zeros(like.shape[0], rows, heads, like.shape[-1]).transpose(1, 2)
+    return like.new_zeros(like.shape[0], rows, heads, like.shape[-1], dtype=torch.float32).transpose(1, 2)
 
 
 def _run(which: int, work: _Work, tensors: dict[str, Tensor], top: Tensor, total: Tensor) -> None:
@@ -125,7 +131,7 @@ def _run(which: int, work: _Work, tensors: dict[str, Tensor], top: Tensor, total
     call = _Call(
         scale=work.factor,
         bf16=q.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
+        threads=min(torch.get_num_threads(), b * g * pieces),
         **dict(zip(SIZES, sizes, strict=True)),
     )
     for name, x in tensors.items():

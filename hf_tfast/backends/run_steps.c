@@ -5,13 +5,13 @@
    the first one's low to the last one's high. What a query has read in earlier rounds is hidden, and all rounds are
    merged as (largest score, sum of weights, output).
 
-   Columns are counted from the bucket's first key, so that the lane, and the place in every sum, of a key depends on
-   nothing that comes later: which queries share a tile shows nowhere. In bf16, where the processor multiplies it, a
+   Columns are counted from the bucket's first key, so that the lane, and the place in every sum of finite numbers, of a
+   key depends on nothing that comes later: which queries share a tile shows nowhere. In bf16, where the processor multiplies it, a
    number is a pair of neighbours in the sum; elsewhere bf16 is widened to fp32. Sums are fp32. */
 
 #include "band_packing.h"
 
-enum { ROWS = 64, EARLIER = 64 };
+enum { ROWS = 64 };
 
 /* order, rank [rounds units keys]; queries, start, low, high [rounds units per]: units are pairs of a row of the batch
    and a key head, `per` the queries of one, [share i]. o, dq, dk, dv are fp32. */

@@ -110,6 +110,36 @@ def test_never_reads_the_future(ran, dtype):
     assert ran == [0, 0]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_lost(ran, bad):
+    q, k, v = qkv(Shape(h=1, g=1, j=200, d=16), "bad", dtype=torch.float32)
+    mechanism, mask = Hashed(bits=0, rounds=1, cap=9, window=5), Mask(causal=True)
+    choice = mechanism.choose(q, k, mask)
+    q[0, 0, 90, 3] = bad
+    o = mechanism.fast(q, k, v, mask, Score(), choice=choice)
+    hit = ~o.isfinite().all(-1)[0, 0]
+    assert hit[90]
+    assert hit.sum() == 1
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_sinks_that_are_not_finite(ran, bad):
+    """Without weight they change nothing; otherwise nothing that they touch is finite."""
+    q, k, v = qkv(Shape(h=2, g=1, j=90, d=16), "sinks", dtype=torch.float32)
+    mechanism, mask = Hashed(bits=2, rounds=2, cap=9, window=0), Mask(causal=True)
+    choice, score = mechanism.choose(q, k, mask), Score(sinks=torch.tensor([0.3, bad]))
+    fast = with_gradients(lambda *x: mechanism.fast(*x[:3], mask, x[3], choice=choice), q, k, v, score)
+    if bad != float("-inf"):
+        assert not fast["o"][:, 1].isfinite().any()
+        assert fast["o"][:, 0].isfinite().all()
+    else:
+        none = with_gradients(lambda *x: mechanism.fast(*x[:3], mask, x[3], choice=choice), q, k, v, Score())
+        assert torch.equal(fast["o"][:, 1], none["o"][:, 1])
+        assert all(x.isfinite().all() for x in fast.values())
+    assert set(ran) == {0, 1}
+
+
 def test_it_stands_aside(ran, monkeypatch):
     inputs, mechanism, mask = qkv(Shape(j=60), "aside", dtype=torch.float32), Hashed(), Mask(causal=True)
     for score in (Score(softcap=3.0), Score(dropout=0.1, seed=3)):

@@ -44,7 +44,7 @@ INLINE float softened(const Call *c, const Chunk *x, long row, float *s, const P
         }
         for (; t < end; t += LANES) *(Vector *)(at + t) = all(0);
     }
-    *sink = c->sinks ? power(all(logit - top))[0] : 0;
+    *sink = logit != -INFINITY ? power(all(logit - top))[0] : 0;
     return total(sums) + *sink;
 }
 

@@ -1,4 +1,5 @@
-/* Vectors of floats as wide as the processor has them, and the product that everything in band_steps.c is made of.
+/* Vectors of floats as wide as the processor has them, and the product that everything in band_steps.c,
+   few_steps.c and run_steps.c is made of.
 
    A vector is GCC's (and Clang's) own type; intrinsics stand only where that has no word for what AVX-512 does. */
 

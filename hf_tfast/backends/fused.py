@@ -7,8 +7,6 @@ or where HF_TFAST_NATIVE=0 asks for it.
 """
 
 import ctypes
-import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,10 +29,8 @@ LISTED = (512, 16384)  # blocks in a list, and keys in them, at most
 PACKED = 8  # keys to a query, at most, where each chunk packs every key
 PIECES, LEAST = 16, 512  # then: chunks in all, and queries of one, so that packing stays a small part
 FEWEST = 64  # queries of a chunk that reads every key
+ROOM = 2**31  # bytes that the packed keys of all threads take together, where one thread does not take more
 DTYPES = (torch.float32, torch.bfloat16)
-logger = logging.getLogger(__name__)
-
-
 TENSORS = ("q", "k", "v", "o", "grad", "dq", "dk", "dv")
 SIZES = [
     "batch",
@@ -71,14 +67,13 @@ class _Call(ctypes.Structure):
 
 def serves(layout: Layout, score: Score, q: Tensor, k: Tensor, v: Tensor, start: int) -> bool:
     """Is this call one for the C, and is there one?"""
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in (q, k, v))
-    if not plain or q.dtype not in DTYPES or torch.compiler.is_compiling() or start:
+    if not native.wanted(q, k, v) or not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES or start:
         return False
     known = layout.causal or layout.open_sinks or not layout.sinks
     known = known and (layout.solid if layout.lists is None else _serves_lists(layout, q.shape[2], k.shape[2]))
     simple = score.softcap is None and not score.dropout
     sized = 0 < layout.before + layout.after + 1 <= WIDEST and min(*q.shape, *v.shape) > 0
-    return known and simple and sized and os.environ.get(SWITCH, "1") != "0" and _library() is not None
+    return known and simple and sized and _library() is not None
 
 
 def _serves_lists(layout: Layout, i: int, j: int) -> bool:
@@ -92,20 +87,11 @@ def _serves_lists(layout: Layout, i: int, j: int) -> bool:
 
 
 @cache
-def _library() -> tuple[Any, Any] | None:
+def _library() -> list[Any] | None:
     """Forward and backward; None where there is no C, said once."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    try:
-        if not capability.startswith(("AVX", "AMX")):
-            raise native.CannotCompile(f"this CPU has no wide vectors ({capability})")
-        library = native.load("band_steps")
-    except native.CannotCompile as error:
-        logger.warning("attention in a window runs on torch's own operations, which is slower: %s", error)
-        return None
-    both = library.tfast_band_forward, library.tfast_band_backward
-    for function in both:
-        function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_int
-    return both
+    return native.on_vectors(
+        "band_steps", ("tfast_band_forward", "tfast_band_backward"), _Call, "attention in a window"
+    )
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor) -> None:
@@ -164,7 +150,7 @@ def _parts(call: Call, backward: bool) -> Iterator[_Part]:
         chunk = max(-(-opened // pieces), min(FEWEST, opened))
         yield _Part(
             backward=backward, low=0, high=opened, chunk=chunk, before=call.offset + opened - 1,
-            after=call.j - 1 - call.offset,
+            after=0 if lay.causal else call.j - 1 - call.offset,
         )  # fmt: skip
     if (queries := call.i - opened) <= 0:
         return
@@ -189,19 +175,20 @@ def _run(
     dsinks: Tensor | None = None,
     apart: Tensor | None = None,
 ) -> None:
+    v = tensors["v"]
     logits = None if sinks is None else sinks.detach().float().contiguous()
     lists = None if part.lists is None else _lists(part.lists, call)
     table = (0, 0, 1)
     if lists is not None:
         table = (lists[0].numel() if len(lists) > 1 else 0, lists.shape[-1], call.layout.block)
     sizes = (
-        call.b, call.h, call.g, part.high - part.low, call.j, call.d, tensors["v"].shape[-1], part.before, part.after,
+        call.b, call.h, call.g, part.high - part.low, call.j, call.d, v.shape[-1], part.before, part.after,
         part.first, call.offset + part.low, part.chunk, ROWS, *table,
     )  # fmt: skip
     given = _Call(
         scale=call.score.factor(call.d),
         bf16=tensors["q"].dtype == torch.bfloat16,
-        threads=min(torch.get_num_threads(), call.b * call.g * part.chunks),
+        threads=min(torch.get_num_threads(), call.b * call.g * part.chunks, max(1, ROOM // _packed(part, call, v))),
         banded=part.banded,
         causal=call.layout.causal,
         **dict(zip(SIZES, sizes, strict=True)),
@@ -216,6 +203,12 @@ def _run(
         raise RuntimeError("a band was given to the C, but there is none: ask `serves` first")
     if functions[part.backward](ctypes.byref(given)):
         raise MemoryError("no memory for the packed keys of a chunk")
+
+
+def _packed(part: _Part, call: Call, v: Tensor) -> int:
+    """Bytes of the keys and values that a thread packs, and backward of their gradients."""
+    keys = call.j if part.lists is not None else part.first + part.chunk + part.before + part.after
+    return 4 * keys * (call.d + v.shape[-1]) * (3 if part.backward else 1)
 
 
 def _lists(lists: Tensor, call: Call) -> Tensor:

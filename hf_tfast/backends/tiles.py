@@ -84,9 +84,9 @@ class Call:
     def tiles(self) -> Iterator["Tile"]:
         """Every query in exactly one tile; none with `fused`."""
         lay, query = self.layout, self.opened
-        if query and not self.fused:
-            yield Edge(self, slice(0, query), slice(0, self.j))
         if not self.fused:
+            if query:
+                yield Edge(self, slice(0, query), slice(0, self.j))
             yield from self._band(query) if lay.lists is None else self._listed(lay.lists, query)
 
     def _band(self, query: int) -> Iterator["Tile"]:

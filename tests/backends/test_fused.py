@@ -123,6 +123,40 @@ def test_lists_are_the_definition(ran, name, causal, shared, dtype):
     assert set(ran) == {0, 1}
 
 
+@pytest.mark.parametrize("i", [60, 100])
+def test_queries_that_read_everything_obey_causality(ran, i):
+    layout = Layout(near=lambda i, j: i - j <= 7, before=7, sinks=50, open_sinks=True, solid=True)
+    q, k, v = qkv(Shape(h=4, g=2, i=i, j=100, d=16), "open sinks", i, dtype=torch.float32)
+    seen = ~layout.hidden(torch.arange(100 - i, 100)[:, None], torch.arange(100))
+    compare_lists(layout, seen, Score(), q, k, v)
+    assert set(ran) == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sinks_of_no_weight_change_nothing(ran, dtype):
+    """Neither where a row reads something nor where it reads nothing."""
+    layout, seen = listed("no band", True, False)
+    q, k, v = qkv(LISTS["no band"][0], "no weight", dtype=dtype)
+    assert not seen.any(-1).all()
+    score = Score(sinks=torch.full((q.shape[1],), float("-inf")))
+    fast = with_gradients(lambda *x: attend_tiles(*x[:3], layout, x[3]), q, k, v, score, "none")
+    without = with_gradients(lambda *x: attend_tiles(*x[:3], layout, x[3]), q, k, v, Score(), "none")
+    assert all(torch.equal(fast[name], x) for name, x in without.items())
+    assert all(not x.any() for name, x in fast.items() if name not in without)
+    assert set(ran) == {0, 1}
+
+
+def test_threads_share_a_bounded_room(ran, monkeypatch):
+    made, threads = fused._Call, []
+    monkeypatch.setattr(fused, "_Call", lambda **given: (threads.append(given["threads"]), made(**given))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    q, k, v = qkv(Shape(h=8, g=8, j=90, d=16), "room", dtype=torch.float32)
+    first = attend(q, k, v, Window(window=8), Mask(causal=True), backend="torch")
+    monkeypatch.setattr(fused, "ROOM", 1)
+    assert torch.equal(first, attend(q, k, v, Window(window=8), Mask(causal=True), backend="torch"))
+    assert threads == [7, 1]
+
+
 @pytest.mark.parametrize("lists", [False, True])
 @pytest.mark.parametrize("name", ["bigbird", "many chunks"])
 def test_no_two_chunks_add_to_the_same_gradients(name, lists):

@@ -37,7 +37,7 @@ class Dense(Mechanism):
         plain = score.softcap is None and score.sinks is None and not score.dropout and not mask.start
         i, j = q.shape[2], k.shape[2]
         if plain and (i == j or i == 1 or not mask.causal):  # its causal flag aligns queries with the first keys
-            causal, grouped = mask.causal and i > 1, q.shape[1] != k.shape[1]
+            causal, grouped = mask.causal and bool(i > 1), q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=score.scale, enable_gqa=grouped)
         layout = Layout(
             near=lambda i, j: (i >= 0) & (j >= 0), before=j, after=0 if mask.causal else j, causal=mask.causal

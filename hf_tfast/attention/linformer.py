@@ -76,8 +76,8 @@ class Linformer(Mechanism):
         wide = torch.promote_types(q.dtype, torch.float32)
         block = torch.arange(len(places), device=q.device)[:, None] * self.rank
         counts = (block + places < j).sum(0).to(wide)
-        fold = _folded if tracing() else _Fold.apply
-        k, v = (fold(x, places, rows) / counts[:, None] for x in (k, v))
+        folded = (_folded(x, places) if tracing() else _Fold.apply(x, places, rows) for x in (k, v))
+        k, v = (x / counts[:, None] for x in folded)
         bias = counts.log().expand(q.shape[1], -1)
         if score.sinks is not None:  # one more key, which scores zero everywhere, with the logit as its bias
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -88,7 +88,7 @@ class Linformer(Mechanism):
         return replace(self, rank=max(length, 1))
 
 
-def _folded(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+def _folded(x: Tensor, places: Tensor) -> Tensor:
     """What `_Fold` computes, without a loop, as an exported program wants it."""
     blocks, rank = places.shape
     x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -25,6 +25,7 @@ def tracing() -> bool:
 def serves(layout: Layout, score: Score, i: int, j: int, start: int) -> bool:
     """Is this a call of a program, and one that `band` can write down?"""
     plain = layout.near is not None and layout.lists is None and not score.dropout
+    plain = plain and not (layout.causal and layout.open_sinks)
     return tracing() and plain and not start and i == j
 
 
@@ -35,13 +36,14 @@ def band(q: Tensor, k: Tensor, v: Tensor, layout: Layout, score: Score) -> Tenso
     does not read is hidden by a bias [blocks, c, w], the same in all rows and heads.
     """
     (b, h, n, d), g, e = q.shape, k.shape[1], v.shape[-1]
-    u, c, before, after = h // g, layout.queries, layout.before, layout.after
+    u, before, after = h // g, layout.before, layout.after
     known = isinstance(n, int)  # else the length is open
-    if not layout.solid or (known and c + before + after >= n):
+    c = layout.queries if layout.solid else n  # one that is not solid may reach as far as an open length
+    if whole := not layout.solid or (known and c + before + after >= n):
         c, before, after = n, 0, 0  # one block
     first = min(layout.sinks, n) if known else layout.sinks
-    blocks, many = (n + c - 1) // c, -(-(before + c + after) // c)
-    if not known:
+    blocks, many = (1, 1) if whole else ((n + c - 1) // c, -(-(before + c + after) // c))
+    if not known and not whole:
         blocks += 1  # a program is another one where a size is 1: so that it never is
     rows = F.pad(q, (0, 0, 0, blocks * c - n))
     if u > 1:  # queries that share keys are rows of one product
@@ -118,6 +120,6 @@ def _bias(layout: Layout, first: int, blocks: int, c: int, many: int, before: in
         near = near & (j <= i)
     if first:
         at = torch.arange(first, device=q.device)
-        sinks = at <= i if layout.causal else (at <= i + n)  # all
+        sinks = at <= i if layout.causal else torch.ones((), dtype=torch.bool, device=q.device)
         near = torch.cat([sinks.expand(blocks, c, first), near.expand(blocks, c, w)], -1)
     return torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~near, float("-inf"))

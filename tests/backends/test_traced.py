@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from hf_tfast.attention import Mask, Score, attend, linformer
+from hf_tfast.attention.dense import Dense
 from hf_tfast.attention.linformer import Linformer, _folded
 from hf_tfast.attention.nystrom import Nystrom
 from hf_tfast.attention.window import Window
 from hf_tfast.backends import traced
-from hf_tfast.testing import Shape, assert_near, generator, qkv
+from hf_tfast.backends.blocks import Layout, attend_tiles
+from hf_tfast.testing import Shape, assert_near, generator, naive_attention, qkv
 
 SHAPES = {  # name: shape, window, sinks
     "one token": (Shape(h=2, g=1, j=1), 4, 2),
@@ -63,7 +65,7 @@ def test_keys_are_folded_without_a_loop():
     (x, *_), mechanism = qkv(Shape(j=101), "fold"), Linformer(rank=12)
     places, rows = mechanism._places(101, x.device), mechanism.rows(101, x.device)
     expected = x.new_zeros(2, 4, 12, 8).index_add_(2, rows, x)
-    assert_near(_folded(x, places, rows), expected, "folded", 1e-12)
+    assert_near(_folded(x, places), expected, "folded", 1e-12)
 
 
 # what torch cannot prove for all sizes, the program checks
@@ -71,21 +73,32 @@ OPEN = {"prefer_deferred_runtime_asserts_over_guards": True}
 
 
 class _Attends(torch.nn.Module):
-    def __init__(self, mechanism, causal):
+    def __init__(self, mechanism, causal, score):
         super().__init__()
-        self.mechanism, self.mask = mechanism, Mask(causal=causal)
+        self.mechanism, self.mask, self.score = mechanism, Mask(causal=causal), score
 
     def forward(self, q, k, v):
-        return attend(q, k, v, self.mechanism, self.mask, backend="torch")
+        return attend(q, k, v, self.mechanism, self.mask, self.score, backend="torch")
 
 
+def test_what_reads_everything_under_causality_is_left_to_tiles(recorded):
+    layout = Layout(near=lambda i, j: i == j, sinks=9, open_sinks=True, solid=True)
+    q, k, v = qkv(Shape(h=2, g=1, j=30), "open sinks")
+    at = torch.arange(30)
+    seen = ~layout.hidden(at[:, None], at)
+    assert_near(attend_tiles(q, k, v, layout, Score()), naive_attention(q, k, v, seen, Score()), "o", 1e-10)
+    assert recorded == []
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("mechanism", [Window(window=40, sinks=2), Dense()], ids=lambda m: m.name)
 @pytest.mark.parametrize("causal", [False, True])
-def test_one_program_for_every_batch_and_length(causal):
+def test_one_program_for_every_batch_and_length(causal, mechanism, softcap):
     batch, length = torch.export.Dim("batch", max=9), torch.export.Dim("length", min=4, max=4096)
     shapes = [{0: batch, 2: length}] * 3
-    attends = _Attends(Window(window=40, sinks=2), causal)
+    attends = _Attends(mechanism, causal, Score(softcap=softcap))
     program = torch.export.export(attends, qkv(Shape(j=150), "open"), dynamic_shapes=shapes, **OPEN)
     for b, j in ((1, 5), (2, 64), (3, 333), (1, 1000)):
         inputs = qkv(Shape(b=b, j=j), "open", b)
-        expected = attend(*inputs, attends.mechanism, attends.mask, backend="reference")
+        expected = attend(*inputs, mechanism, attends.mask, attends.score, backend="reference")
         assert_near(program.module()(*inputs), expected, f"{b} x {j}", 1e-10)

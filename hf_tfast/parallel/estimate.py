@@ -183,7 +183,7 @@ def _one(sizes: Sizes, mechanism: Mechanism, run: Run, hardware: Hardware, share
     groups = list(_traffic(sizes, mechanism, run, shares, hardware))
     links = [hardware.link(span) for span, _, _ in groups]
     compute, bandwidth = _seconds(sizes, mechanism, run, part, hardware)
-    bandwidth += moved_of_weights(per_gpu, held, part.rows, run.narrow) / hardware.bandwidth
+    bandwidth += moved_of_weights(per_gpu, gradients / GRADIENT, held, part.rows, run.narrow) / hardware.bandwidth
     e = Estimate(
         shares=shares,
         weights=per_gpu * WEIGHT,

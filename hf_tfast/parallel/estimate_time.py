@@ -50,8 +50,11 @@ def moved_of_loss(sizes: Sizes) -> float:
     return 8.0 * sizes.vocabulary * WIDE
 
 
-def moved_of_weights(held: float, cast: float, rows: int, narrow: int) -> float:
+def moved_of_weights(held: float, summed: float, cast: float, rows: int, narrow: int) -> float:
     """Bytes of a step: AdamW reads weight, gradient and both moments and writes three of them; their norm is read
-    twice and they are clipped; every row adds to the gradients and, under autocast, copies `cast` weights."""
+    twice and they are clipped; every row adds to the `summed` gradients and, under autocast, copies `cast` weights.
+
+    The first row's addition is counted, too, though there is nothing to add to.
+    """
     copies = cast * (WIDE + narrow) if narrow < WIDE else 0.0
-    return held * WIDE * (7 + 2 + 2) + rows * (held * 3 * WIDE + copies)
+    return held * WIDE * (7 + 2 + 2) + rows * (summed * 3 * WIDE + copies)

@@ -67,6 +67,8 @@ def test_a_million_tokens_on_a_thousand_gpus():
     more = Run(length=2**20, batch=1024, gpus=1024, checkpointing=True)
     dense, *_ = estimate(LARGE, Dense(), more, HARDWARE["h100"])
     assert window.fits
+    assert str(window.shares) == "sequence 64 x shard 8 x replicas 2"  # and so says docs/scale.md
+    assert [round(x, 1) for x in (window.memory / 1e9, window.step_s, window.network_s)] == [67.0, 12.8, 6.8]
     assert window.shares.tensor * window.shares.sequence * window.shares.pipeline * window.shares.data == 1024
     assert dense.shares.sequence == 1  # dense attention has no exchange
     assert dense.compute_s > 10 * 16 * window.compute_s

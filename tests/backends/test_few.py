@@ -65,10 +65,11 @@ def test_the_gradient_of_means_may_come_expanded(dtype):
     x = torch.randn(2, 3, 11, 4, dtype=dtype, generator=generator("expanded"), requires_grad=True)
     y = torch.zeros_like(x, requires_grad=True)
     same, means = few.with_means(x, 4)
-    dx, dy = torch.autograd.grad((same + y).sum() + means.sum(), (x, y))
-    assert torch.equal(dy, torch.ones_like(y))
+    up = torch.arange(4, dtype=dtype)
+    dx, dy = torch.autograd.grad(((same + y).sum((0, 1, 2)) * up).sum() + means.sum(), (x, y))
+    assert torch.equal(dy, up.expand_as(y))
     sizes = torch.tensor([3] * 9 + [2] * 2, dtype=dtype)
-    assert_near(dx, (1 + 1 / sizes)[:, None].expand_as(x), "gradient", 1e-6)
+    assert_near(dx, (up + 1 / sizes[:, None]).expand_as(x), "gradient", 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -116,11 +116,14 @@ def test_what_is_not_finite_is_not_lost(ran, bad):
     mechanism, mask = Hashed(bits=0, rounds=1, cap=9, window=5), Mask(causal=True)
     choice = mechanism.choose(q, k, mask)
     q[0, 0, 90, 3] = bad
-    o = mechanism.fast(q, k, v, mask, Score(), choice=choice)
-    hit = ~o.isfinite().all(-1)[0, 0]
+    found = with_gradients(lambda *x: mechanism.fast(*x[:3], mask, x[3], choice=choice), q, k, v, Score(), bad)
+    hit = ~found["o"].isfinite().all(-1)[0, 0]
     assert hit[90]
     assert hit.sum() == 1
-    assert ran == [0]
+    assert ran == [0, 1]
+    gradients = [x for name, x in found.items() if name != "o"]
+    assert len(gradients) == 3
+    assert not gradients[0][0, 0, 90].isfinite().any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -71,6 +71,7 @@ def test_links_between_the_pages(make_api):
             )
 
 
+@pytest.mark.slow
 def test_a_stale_page_is_named(make_api, monkeypatch, tmp_path):
     monkeypatch.setattr(make_api, "PAGES", tmp_path / "api")
     monkeypatch.setattr(sys, "argv", ["make_api.py"])

@@ -117,6 +117,7 @@ def test_forecasts_are_remembered(tmp_path, few):
     assert "not run at 32" in module_pages.markdown(read(out / "results.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["modules", "peers"])
 def test_quick_suites_run_whole(name, tmp_path):
     """Both suites as they are, at a length where most peers refuse, with their plots."""

@@ -75,6 +75,7 @@ class Killed(BaseException):
     """As Ctrl-C."""
 
 
+@pytest.mark.slow
 def test_killed_between_and_within_stages(recipe, texts, teacher, tmp_path, monkeypatch):
     """In stage 2, then again in stage 1 of the next student: the figures are those of an unbroken run."""
     from hf_tfast.distillation.trainer import DistillationTrainer

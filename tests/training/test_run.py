@@ -117,6 +117,7 @@ def test_a_finished_training_is_kept_while_its_texts_are(trained, texts, tmp_pat
         extra.unlink()
 
 
+@pytest.mark.slow
 def test_comparison(texts, tmp_path):
     choices = {"compare": ["dense", WINDOW, "window"]}
     report = tmp_path / "report"
